@@ -1,0 +1,175 @@
+"""Losses, gradients and curvature products of (program, objective) at given parameters, noise and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bbvi_conv.engine.streams import Feed
+from bbvi_conv.objectives.objective import Objective
+from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.minibatch import Batch
+from bbvi_conv.program.noise import Noise
+from bbvi_conv.program.program import Program, Terms
+from bbvi_conv.program.trace import TracedLogWeights, Untraceable, over_draws, to_graph
+
+CHUNK = 20_000_000
+"""Numbers a vectorised evaluation may hold per parameter-sized array."""
+
+LogWeights = Callable[..., Terms]
+
+
+class Calculus:
+    """Pure functions of the flat parameters ``x`` ``(P,)``.
+
+    With ``log_weights`` a :class:`~bbvi_conv.program.trace.TracedLogWeights`, each function becomes one graph of plain
+    operations, mapped over draws by ``vmap``; with Pyro's handlers it runs as it stands, draw by draw.
+
+    Args:
+        program: the program.
+        objective: the bound; the loss is its negative, divided by ``normaliser``.
+        log_weights: traced graphs, or ``program.log_weights``.
+        normaliser: N for nats per datum, 1 for total nats.
+
+    Raises:
+        Untraceable: where a graph is asked for and cannot be had.
+    """
+
+    def __init__(self, program: Program, objective: Objective, log_weights: LogWeights, normaliser: float) -> None:
+        self.program, self.objective, self.normaliser = program, objective, normaliser
+        self.log_weights = log_weights
+        self.traced = isinstance(log_weights, TracedLogWeights)
+        if isinstance(log_weights, TracedLogWeights):
+            log_weights.prepare(joint=not objective.split)
+        self.vectorise = self.traced and self._vmaps()
+        self.particles = over_draws(log_weights, (False, False, False, True, False), vectorise=self._many)
+        self._graphs: dict[str, Callable[..., Any]] = {}
+
+    @property
+    def _many(self) -> bool:
+        return self.vectorise and self.objective.draws > 1
+
+    def _vmaps(self) -> bool:
+        theta, phi = self.program.split(self.program.initial())
+        noise, batch = self.program.example()
+        two = Noise(*(torch.stack([part, part]) for part in noise))
+        density = dict(phi) if self.objective.split else phi
+        try:
+            over_draws(self.log_weights, (False, False, False, True, False), vectorise=True)(
+                theta, phi, density, two, batch
+            )
+        except Exception:  # whatever vmap cannot do, a loop can
+            return False
+        return True
+
+    # ---- one evaluation ----
+
+    def loss(self, x: Tensor, noise: Noise, batch: Batch) -> Tensor:
+        """Scalar loss at noise ``(M, ...)``: a function torch can differentiate."""
+        theta, phi = self.program.split(x)
+        score = bool(self.program.structure.score_sites)
+        total = self.objective.loss(self.particles, theta, phi, noise, batch, scale=self.program.scale, score=score)
+        return total / self.normaliser
+
+    def _gradient(self, x: Tensor, noise: Noise, batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            loss = self.loss(x, noise, batch)
+            grad = _grad(loss, x)
+        return grad, loss.detach()
+
+    def _hessian_product(self, x: Tensor, noise: Noise, batch: Batch, v: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            grad = _grad(self.loss(x, noise, batch), x, create_graph=True)
+            return _grad(grad @ v, x) if grad.requires_grad else torch.zeros_like(x)
+
+    def _fisher_product(self, x: Tensor, noise: Noise, batch: Batch, v: Tensor) -> Tensor:
+        """Minus the Hessian of log q in the density's parameters, at the fixed draw: its mean is the Fisher information."""
+        theta, phi = self.program.split(x.detach())
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            terms = self.particles(theta, phi, self.program.split(y)[1], noise, batch)
+            log_q = self.program.scale * terms.log_q.sum(-1).mean() / self.normaliser
+            grad = _grad(-log_q, y, create_graph=True)
+            return _grad(grad @ v, y) if grad.requires_grad else torch.zeros_like(y)
+
+    def call(self, name: str, x: Tensor, noise: Noise, batch: Batch, *more: Tensor) -> Any:
+        """Run ``_gradient``, ``_hessian_product``, ... as a graph where traced."""
+        return self.function(name, x, noise, batch, *more)(*_flatten(x, noise, batch, *more))
+
+    def function(self, name: str, x: Tensor, noise: Noise, batch: Batch, *more: Tensor) -> Callable[..., Any]:
+        """The named method over flat tensors; traced from the given shapes at the first call."""
+        if name not in self._graphs:
+            method, parts = getattr(self, name), len(batch.args)
+            rows = batch.indices is not None
+
+            def flat(x: Tensor, normal: Tensor, uniform: Tensor, *rest: Tensor) -> Any:
+                args, rest = tuple(rest[:parts]), rest[parts:]
+                indices, rest = (rest[0], rest[1:]) if rows else (None, rest)
+                return method(x, Noise(normal, uniform), Batch(args, indices), *rest)
+
+            if self.traced:
+                self._graphs[name] = to_graph(flat, *_flatten(x, noise, batch, *more), functional=False)
+            else:
+                self._graphs[name] = flat
+        return self._graphs[name]
+
+    # ---- many evaluations ----
+
+    def _map(self, name: str, x: Tensor, feed: Feed, *more: Tensor, out: int = 1) -> Any:
+        """Map a method over the J evaluations of a feed, in pieces that fit in memory."""
+        count = len(feed.noise.normal)
+        piece = max(1, min(count, CHUNK // max(1, len(x) * self.objective.draws)))
+        first = self.program.batch(None if feed.rows is None else feed.rows[0])
+        function = self.function(name, x, feed.noise[0], first, *more)
+        results = []
+        with buffers_kept(() if self.traced else self.program.modules):
+            for start in range(0, count, piece):
+                part = slice(start, start + piece)
+                batch = self.program.batch(None if feed.rows is None else feed.rows[part])
+                mapped = feed.rows is not None
+                flags = [False, True, True, *(mapped for _ in batch.args), *([True] if batch.indices is not None else [])]
+                flags += [False] * len(more)
+                call = over_draws(function, flags, vectorise=self.vectorise)
+                results.append(call(*_flatten(x, feed.noise[part], batch, *more)))
+        if isinstance(results[0], tuple):
+            return tuple(torch.cat(column) for column in zip(*results, strict=True))
+        return torch.cat(results)
+
+    def gradients(self, x: Tensor, feed: Feed) -> tuple[Tensor, Tensor]:
+        """J independent gradients ``(J, P)`` and losses ``(J,)`` at the same ``x``."""
+        grads, losses = self._map("_gradient", x, feed)
+        return grads, losses
+
+    def losses(self, x: Tensor, feed: Feed) -> Tensor:
+        """Losses ``(J,)``, no gradient."""
+        with torch.no_grad():
+            losses: Tensor = self._map("loss", x, feed)
+        return losses
+
+    def hessian_product(self, x: Tensor, v: Tensor, feed: Feed) -> Tensor:
+        """Mean Hessian of the loss over the feed, times ``v``."""
+        return self._map("_hessian_product", x, feed, v).mean(0)  # type: ignore[no-any-return]
+
+    def fisher_product(self, x: Tensor, v: Tensor, feed: Feed) -> Tensor:
+        """Mean Fisher information of q over the feed (per ``normaliser``), times ``v``; needs a split objective."""
+        return self._map("_fisher_product", x, feed, v).mean(0)  # type: ignore[no-any-return]
+
+
+def _grad(y: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor:
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+    (grad,) = torch.autograd.grad(y, x, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(x) if grad is None else grad
+
+
+def _flatten(x: Tensor, noise: Noise, batch: Batch, *more: Tensor) -> list[Tensor]:
+    indices = [] if batch.indices is None else [batch.indices]
+    return [x, *noise, *batch.args, *indices, *more]
+
+
+__all__ = ["Calculus", "LogWeights", "Untraceable"]

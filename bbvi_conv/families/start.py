@@ -1,0 +1,28 @@
+"""Where a guide starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_median
+from torch import Tensor
+from torch.distributions import biject_to
+
+
+def start(site: Any = None) -> Any:
+    """Prior median where the prior can be sampled; else the image of zero, as for ``ImproperUniform``.
+
+    An initialisation function in Pyro's sense: called without a site it returns itself.
+    """
+    if site is None:
+        return start
+    try:
+        value: Tensor = init_to_median(site)
+    except NotImplementedError:
+        fn = site["fn"]
+        transform = biject_to(fn.support)
+        shape = transform.inverse_shape(fn.shape())
+        value = transform(torch.zeros(shape))
+        value._pyro_custom_init = False  # type: ignore[attr-defined]
+    return value

@@ -1,0 +1,297 @@
+r"""What the monitor remembers of a run: one :class:`Look` per stratum, a pure update, and the figures read off it.
+
+The state is plain data and an old one stays valid, so a run can be replayed, resumed and tested without an optimiser::
+
+    grams = {"theta": gram_matrix(...), "phi": gram_matrix(...)}  # the J gradients at strata.random_step(seed, k)
+    state = update(state, look(step, k, strata.bounds(k), grams))
+    summary(state).gradient_norm_sq["total"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from bbvi_conv.monitor.gradient_norm import SquaredNorm, squared_norm, total_gram
+from bbvi_conv.monitor.intervals import Estimate, unavailable
+from bbvi_conv.monitor.rate import Rate, rates
+from bbvi_conv.monitor.series import Array, Series
+from bbvi_conv.monitor.strata import running_mean
+
+GROUPS = ("theta", "phi", "shared")
+FIGURES = (*GROUPS, "total")
+THIS_RUN = "this run"
+CONDITIONAL = "this run, conditional on the minibatch"
+
+_NORM_COLUMNS = {
+    "gradient_norm_sq_{}": "value",
+    "gradient_norm_sq_{}_low": "low",
+    "gradient_norm_sq_{}_high": "high",
+    "trace_sigma_{}": "trace_sigma",
+    "trace_sigma_sq_{}": "trace_sigma_sq",
+    "noise_scale_{}": "noise_scale",
+    "mean_norm_sq_biased_{}": "mean_norm_sq_biased",
+}
+_MEAN_COLUMNS = ("running_mean_{}", "running_mean_{}_low", "running_mean_{}_high")
+_OWN_COLUMNS = ("step", "stratum", "stratum_start", "stratum_length", "num_gradients", "bound", "bound_error")
+
+
+class Look(NamedTuple):
+    """One random iterate: where it was drawn and what J gradients there said; a group without parameters is None.
+
+    Attributes:
+        step: the step looked at, inside its stratum.
+        stratum: index of the stratum.
+        start, length: its first step and number of steps.
+        theta, phi, shared, total: squared gradient norms of the generative, the variational and the shared parameters,
+            and of all of them.
+        bound, bound_error: an estimate of the bound at this step and its standard error, where one was made.
+    """
+
+    step: int
+    stratum: int
+    start: int
+    length: int
+    theta: SquaredNorm | None
+    phi: SquaredNorm | None
+    shared: SquaredNorm | None
+    total: SquaredNorm
+    bound: float | None = None
+    bound_error: float | None = None
+
+    def norm(self, figure: str) -> SquaredNorm | None:
+        """The squared norm called ``figure``, one of :data:`FIGURES`."""
+        return {"theta": self.theta, "phi": self.phi, "shared": self.shared, "total": self.total}[figure]
+
+
+class MonitorState(NamedTuple):
+    """All looks of a run, in order. ``label`` says what the figures are about and goes wherever they go."""
+
+    looks: tuple[Look, ...] = ()
+    label: str = THIS_RUN
+
+
+class Summary(NamedTuple):
+    """The figures of a run.
+
+    Attributes:
+        label: what they are about.
+        looks: number of looks.
+        steps: steps the strata cover.
+        gradient_norm_sq: for each of :data:`FIGURES`, the mean over a uniformly random step of the run.
+        latest: for each of them, U at the last look.
+        rate: rates and plateau test of the total.
+    """
+
+    label: str
+    looks: int
+    steps: int
+    gradient_norm_sq: dict[str, Estimate]
+    latest: dict[str, Estimate]
+    rate: Rate
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, for a JSON file."""
+        return {
+            "label": self.label,
+            "looks": self.looks,
+            "steps": self.steps,
+            "gradient_norm_sq": {name: figure.to_json() for name, figure in self.gradient_norm_sq.items()},
+            "latest": {name: figure.to_json() for name, figure in self.latest.items()},
+            "rate": self.rate.to_json(),
+        }
+
+
+def look(
+    step: int,
+    stratum: int,
+    bounds: tuple[int, int],
+    grams: Mapping[str, Tensor],
+    *,
+    bound: float | None = None,
+    bound_error: float | None = None,
+    level: float = 0.95,
+) -> Look:
+    """A :class:`Look` from the Gram matrices of the groups at one step.
+
+    Args:
+        step: the step looked at.
+        stratum: index of its stratum.
+        bounds: first step of the stratum and the first one after it.
+        grams: Gram matrix ``(J, J)`` of each group that has parameters, keyed theta, phi, shared.
+        bound, bound_error: an estimate of the bound there and its standard error.
+        level: coverage of the intervals.
+    Raises:
+        ValueError: if a group is unknown, ``step`` is outside ``bounds``, or a Gram matrix is unusable.
+    """
+    unknown = sorted(set(grams) - set(GROUPS))
+    if unknown:
+        raise ValueError(f"unknown parameter groups {unknown}: the groups are {', '.join(GROUPS)}")
+    if not bounds[0] <= step < bounds[1]:
+        raise ValueError(f"step {step} is not in stratum {stratum}, which holds steps {bounds[0]} to {bounds[1] - 1}")
+    norms = {name: squared_norm(grams[name], level) if name in grams else None for name in GROUPS}
+    total = squared_norm(total_gram(grams), level)
+    return Look(
+        step, stratum, bounds[0], bounds[1] - bounds[0], **norms, total=total, bound=bound, bound_error=bound_error
+    )
+
+
+def update(state: MonitorState, new: Look) -> MonitorState:
+    """The state with one look more; ``state`` itself is left as it was.
+
+    Raises:
+        ValueError: if ``new`` is not the look of the stratum that comes next: a gap would bias the running mean.
+    """
+    index = len(state.looks)
+    start = state.looks[-1].start + state.looks[-1].length if state.looks else 0
+    if new.stratum != index or new.start != start:
+        raise ValueError(
+            f"expected the look of stratum {index}, starting at step {start}, got stratum {new.stratum} starting at "
+            f"step {new.start}: looks must come in order and without a gap"
+        )
+    return state._replace(looks=(*state.looks, new))
+
+
+def series(state: MonitorState, figure: str = "total", *, steps: int | None = None) -> Series | None:
+    """The looks as arrays; None where the figure has no parameters or there is no look.
+
+    Args:
+        figure: one of :data:`FIGURES`.
+        steps: steps the run made. Where it ended inside the last stratum, that one counts with the steps it made: given
+            that its look fell among them, the look was uniform on them.
+    Raises:
+        ValueError: if ``figure`` is unknown, or ``steps`` is not past the last look.
+    """
+    if figure not in FIGURES:
+        raise ValueError(f"unknown figure {figure!r}: choose one of {', '.join(FIGURES)}")
+    norms = [norm for entry in state.looks if (norm := entry.norm(figure)) is not None]
+    if not norms or len(norms) != len(state.looks):
+        return None
+    lengths = [entry.length for entry in state.looks]
+    last = state.looks[-1]
+    if steps is not None:
+        if steps <= last.step:
+            raise ValueError(f"steps must be past the last look at step {last.step}, got {steps}")
+        lengths[-1] = min(last.length, steps - last.start)
+    return Series(
+        steps=_array(entry.step for entry in state.looks),
+        lengths=_array(lengths),
+        values=_array(norm.value for norm in norms),
+        slopes=_array(norm.variance_slope for norm in norms),
+        floors=_array(norm.variance_floor for norm in norms),
+    )
+
+
+def summary(state: MonitorState, *, steps: int | None = None, level: float = 0.95) -> Summary:
+    """The figures of the run so far; ``steps`` as in :func:`series`."""
+    runs = {name: series(state, name, steps=steps) for name in FIGURES}
+    whole = runs["total"]
+    covered = 0 if whole is None else int(whole.lengths.sum())
+    means = {name: _no_figure(state, name) if run is None else _mean(run, level) for name, run in runs.items()}
+    latest = {name: _latest(state, name) for name in FIGURES}
+    nothing = Series(*(np.empty(0) for _ in Series._fields))
+    return Summary(
+        state.label, len(state.looks), covered, means, latest, rates(nothing if whole is None else whole, level)
+    )
+
+
+def columns() -> list[str]:
+    """Names of the columns of :func:`to_rows`."""
+    return [*_OWN_COLUMNS, *(name.format(figure) for figure in FIGURES for name in (*_NORM_COLUMNS, *_MEAN_COLUMNS))]
+
+
+def to_rows(state: MonitorState, *, since: int = 0, level: float = 0.95) -> list[list[float | int | None]]:
+    """One row per look from look ``since`` on, in the order of :func:`columns`; None where there is no number.
+
+    Floats go through ``repr`` unharmed, so :func:`from_rows` gives back the same state. The running means are those up
+    to each look.
+    """
+    return [_row(MonitorState(state.looks[: count + 1]), level) for count in range(since, len(state.looks))]
+
+
+def from_rows(
+    header: Sequence[str], rows: Iterable[Sequence[str | float | int | None]], *, label: str = THIS_RUN
+) -> MonitorState:
+    """The state that :func:`to_rows` wrote; cells may be the strings of a CSV file, empty where there is no number.
+
+    Raises:
+        ValueError: if a column is missing, a row is cut short, a cell is no number, or looks are missing.
+    """
+    missing = [name for name in columns() if name not in header]
+    if missing:
+        raise ValueError(f"the monitor's table lacks the columns {missing}: it was not written by this version")
+    state = MonitorState(label=label)
+    for index, cells in enumerate(rows):
+        if len(cells) != len(header):
+            raise ValueError(f"row {index} of the monitor's table has {len(cells)} cells, not {len(header)}: delete it")
+        try:
+            state = update(state, _parse(dict(zip(header, cells, strict=True))))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"row {index} of the monitor's table cannot be read: {error}") from error
+    return state
+
+
+def _array(values: Iterable[float]) -> Array:
+    return np.array(list(values), dtype=np.float64)
+
+
+def _mean(run: Series, level: float) -> Estimate:
+    return running_mean(run.lengths, run.values, level)
+
+
+def _no_figure(state: MonitorState, name: str) -> Estimate:
+    if not state.looks:
+        return unavailable("no look has been taken yet: run more steps")
+    return unavailable(f"the model and guide have no {name} parameters")
+
+
+def _latest(state: MonitorState, name: str) -> Estimate:
+    norm = state.looks[-1].norm(name) if state.looks else None
+    return _no_figure(state, name) if norm is None else norm.estimate
+
+
+def _row(state: MonitorState, level: float) -> list[float | int | None]:
+    """Row of the last look of ``state``."""
+    entry = state.looks[-1]
+    row: list[float | int | None] = [entry.step, entry.stratum, entry.start, entry.length, entry.total.num_gradients]
+    row += [entry.bound, entry.bound_error]
+    for figure in FIGURES:
+        norm, run = entry.norm(figure), series(state, figure)
+        row += [None if norm is None else getattr(norm, field) for field in _NORM_COLUMNS.values()]
+        row += [None, None, None] if run is None else list(_mean(run, level)[:3])
+    return row
+
+
+def _parse(cells: Mapping[str, str | float | int | None]) -> Look:
+    def number(name: str) -> float | None:
+        cell = cells[name]
+        return None if cell is None or cell == "" else float(cell)
+
+    def whole(name: str) -> int:
+        return int(cells[name] or "")
+
+    def norm(figure: str) -> SquaredNorm | None:
+        fields = {field: number(name.format(figure)) for name, field in _NORM_COLUMNS.items()}
+        present = {field: value for field, value in fields.items() if value is not None}
+        if present and len(present) != len(fields):
+            raise ValueError(f"some columns of {figure} are empty and some are not")
+        return SquaredNorm(**present, num_gradients=whole("num_gradients")) if present else None
+
+    total = norm("total")
+    if total is None:
+        raise ValueError("gradient_norm_sq_total is empty")
+    return Look(
+        step=whole("step"),
+        stratum=whole("stratum"),
+        start=whole("stratum_start"),
+        length=whole("stratum_length"),
+        theta=norm("theta"),
+        phi=norm("phi"),
+        shared=norm("shared"),
+        total=total,
+        bound=number("bound"),
+        bound_error=number("bound_error"),
+    )

@@ -1,0 +1,69 @@
+"""Modules a program calls, and their buffers: found by a forward hook, put back after every look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+class CalledModule(NamedTuple):
+    """A module that ran, and a copy of its own buffers from just before."""
+
+    module: nn.Module
+    buffers: dict[str, Tensor]
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's own buffers, submodules left out."""
+    return {name: b.detach().clone() for name, b in module.named_buffers(recurse=False)}
+
+
+@contextmanager
+def called_modules() -> Iterator[list[CalledModule]]:
+    """Collect every module called inside, once each, in order of the first call."""
+    found: dict[int, CalledModule] = {}
+    called: list[CalledModule] = []
+
+    def hook(module: nn.Module, inputs: Any) -> None:
+        if id(module) not in found:
+            found[id(module)] = CalledModule(module, own_buffers(module))
+            called.append(found[id(module)])
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield called
+    finally:
+        handle.remove()
+
+
+def changed_buffers(called: Sequence[CalledModule]) -> list[str]:
+    """Names of buffers that differ from their copies."""
+    return [
+        f"{type(module).__name__}.{name}"
+        for module, buffers in called
+        for name, now in module.named_buffers(recurse=False)
+        if name in buffers and not torch.equal(now, buffers[name])
+    ]
+
+
+def restore_buffers(called: Sequence[CalledModule]) -> None:
+    """Put the copies back, in place."""
+    for module, buffers in called:
+        for name, now in module.named_buffers(recurse=False):
+            if name in buffers:
+                now.copy_(buffers[name])
+
+
+@contextmanager
+def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Whatever runs inside leaves the buffers of ``modules`` as they were."""
+    before = [CalledModule(module, own_buffers(module)) for module in modules]
+    try:
+        yield
+    finally:
+        restore_buffers(before)

@@ -1,0 +1,370 @@
+"""Build a ``Program``: one validated eager pass that finds sites, leaves, units and noise, and refuses what is wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bbvi_conv.program.buffers import CalledModule, called_modules, changed_buffers, restore_buffers
+from bbvi_conv.program.minibatch import Batch, Minibatch
+from bbvi_conv.program.noise import NoiseLayout
+from bbvi_conv.program.program import UNTAPED_SEED, Program, Rows, quiet_pyro
+from bbvi_conv.program.structure import (
+    Group,
+    Leaf,
+    analyse,
+    check_finite,
+    check_guide,
+    check_supports,
+    is_plate,
+    random_sites,
+)
+from bbvi_conv.program.tape import Tape, taped
+
+SMALL = 1000
+"""Latent dimensions below which float64 is the default on the CPU."""
+
+
+@dataclass
+class _Pass:
+    """What one eager pass leaves behind."""
+
+    guide: Callable[..., Any]
+    guide_trace: Trace
+    model_trace: Trace
+    tape: Tape
+    store: dict[str, Any]
+    modules: list[CalledModule]
+
+
+def build(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    family: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    minibatch: Minibatch | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Program:
+    """Make the program of a model and a guide (or of the guide that ``family`` makes).
+
+    Args:
+        model: a Pyro model, called as ``model(*args, **kwargs)``.
+        guide: a Pyro guide with the same arguments; None: ``family(model)``.
+        args: positional arguments; with a minibatch, tensors whose leading dimension is N are gathered.
+        kwargs: keyword arguments, never gathered.
+        family: makes a guide from the model.
+        minibatch: which rows a step sees.
+        dtype: float type; None: float64 for global latents under 1,000 dimensions on the CPU, else float32.
+        device: where parameters, noise and data live.
+        seed: for the random start of lazy parameters; torch's own generator is left as found.
+
+    Raises:
+        ValueError: one sentence that names the site, argument or plate and the way out.
+    """
+    if (guide is None) == (family is None):
+        raise ValueError("give either a guide or a family, not both" if guide else "a guide or a family is needed")
+    check_finite((f"positional argument {i}", a) for i, a in enumerate(args))
+    kwargs = dict(kwargs or {})
+    device = torch.device(device)
+    small = device.type == "cpu" and minibatch is None
+    attempts = [dtype] if dtype is not None else [torch.float64, torch.float32] if small else [torch.float32]
+    for attempt in attempts:
+        try:
+            program = _build(model, guide, args, kwargs, family, minibatch, attempt, device, seed)
+        except RuntimeError as error:
+            if attempt is attempts[-1] or "dtype" not in str(error):
+                raise
+            continue
+        if dtype is None and attempt is torch.float64 and not _is_small(program):
+            program = _build(model, guide, args, kwargs, family, minibatch, torch.float32, device, seed)
+        return program
+    raise AssertionError("unreachable")
+
+
+def _is_small(program: Program) -> bool:
+    return sum(site.size for site in program.structure.latents) < SMALL
+
+
+def _cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device=device, dtype=dtype) if value.is_floating_point() else value.to(device=device)
+
+
+def _build(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    family: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+    minibatch: Minibatch | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> Program:
+    args = tuple(_cast(a, dtype, device) for a in args)
+    kwargs = {k: _cast(v, dtype, device) for k, v in kwargs.items()}
+
+    def attempt(args: tuple[Any, ...], rows: Tensor | None = None) -> _Pass:
+        with torch.random.fork_rng(devices=[]), quiet_pyro(None, dtype):
+            torch.manual_seed(seed)
+            made = guide if guide is not None else family(model)  # type: ignore[misc]
+        return _eager_pass(model, made, args, kwargs, minibatch, rows, dtype, seed)
+
+    batched: tuple[int, ...] = ()
+    total, by_index = 1, False
+    batch = Batch()
+    if minibatch is None:
+        eager = attempt(args)
+    else:
+        total = _rows(args, minibatch)
+        eager, by_index = _with_minibatch(attempt, args, minibatch, total)
+        rows = torch.arange(minibatch.size)
+        if by_index:
+            batch = Batch(indices=rows)
+        else:
+            batched = tuple(i for i, a in enumerate(args) if _is_row_tensor(a, total))
+            batch = Batch(tuple(args[i][rows] for i in batched))
+        _check_local_latents(eager, minibatch, by_index)
+    _check_subsampling(eager, minibatch)
+    _warn_of_constants(eager)
+    obstacles = [f"random operation {name!r} is not on the noise tape" for name in sorted(eager.tape.untaped)]
+    obstacles += [f"buffer {name!r} changes as the program runs" for name in changed_buffers(eager.modules)]
+    obstacles += _custom_functions(eager)
+    untaped, used = bool(eager.tape.untaped), eager.tape.used
+    program = Program(
+        model,
+        eager.guide,
+        args,
+        kwargs,
+        store=eager.store,
+        leaves=_leaves(eager),
+        structure=analyse(eager.guide_trace, eager.model_trace, set()),
+        layout=NoiseLayout(used.normal, used.uniform + UNTAPED_SEED * untaped),
+        minibatch=minibatch,
+        batched=batched,
+        total=total,
+        by_index=by_index,
+        dtype=dtype,
+        obstacles=obstacles,
+        untaped=untaped,
+        implicit=eager.tape.implicit,
+        modules=[called.module for called in eager.modules],
+    )
+    program.structure = analyse(eager.guide_trace, eager.model_trace, _dependent(program, eager, batch))
+    restore_buffers(eager.modules)
+    return program
+
+
+class _RefuseMissing(Messenger):  # type: ignore[misc]
+    """Name a latent of the model that the guide does not draw, before Pyro samples it from the prior."""
+
+    def __init__(self, drawn: set[str]) -> None:
+        super().__init__()
+        self.drawn = drawn
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not is_plate(msg) and msg["name"] not in self.drawn:
+            raise ValueError(
+                f"the guide has no sample site {msg['name']!r}, a latent of the model; add it to the guide or observe it"
+            )
+
+
+def _eager_pass(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    minibatch: Minibatch | None,
+    rows: Tensor | None,
+    dtype: torch.dtype,
+    seed: int,
+) -> _Pass:
+    """Run guide and model once under Pyro's validation; lazy guides are built by a run before it."""
+    store: dict[str, Any] = {"params": {}, "constraints": {}}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.manual_seed(seed)
+        stack.enter_context(quiet_pyro(store, dtype, validate=True))
+        modules = stack.enter_context(called_modules())
+        if minibatch and rows is not None:
+            stack.enter_context(Rows(minibatch.plate, rows))
+        if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
+            guide(*args, **kwargs)
+        tape = stack.enter_context(taped(Tape(None, {})))
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        with _RefuseMissing({s["name"] for s in random_sites(guide_trace)}):
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        check_guide(guide_trace, model_trace)
+        check_supports(model_trace)
+        guide_trace.compute_log_prob()
+        model_trace.compute_log_prob()
+    return _Pass(guide, guide_trace, model_trace, tape, store, modules)
+
+
+def _is_row_tensor(value: Any, total: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == total
+
+
+def _rows(args: tuple[Any, ...], minibatch: Minibatch) -> int:
+    """N, the leading dimension of the first tensor argument."""
+    lengths = [len(a) for a in args if isinstance(a, Tensor) and a.dim() > 0]
+    if not lengths:
+        raise ValueError("a minibatch needs a tensor among the positional arguments, whose leading dimension is N")
+    if minibatch.size > lengths[0]:
+        raise ValueError(f"minibatch size {minibatch.size} exceeds the {lengths[0]} rows of the data; choose a smaller one")
+    return lengths[0]
+
+
+def _with_minibatch(
+    attempt: Callable[..., _Pass], args: tuple[Any, ...], minibatch: Minibatch, total: int
+) -> tuple[_Pass, bool]:
+    """Find out how the model subsamples: by gathered rows (False) or by indices (True)."""
+    size, plate = minibatch.size, minibatch.plate
+    rows = torch.arange(size)
+    failure: Exception | None = None
+    try:
+        eager = attempt(tuple(a[rows] if _is_row_tensor(a, total) else a for a in args))
+        fn = _plate(eager, plate)
+        if fn.size == size and fn.subsample_size in (None, size):
+            return eager, False
+        seen = f"plate {plate!r} has size {fn.size} where the batch has {size}"
+    except (IndexError, RuntimeError, ValueError) as error:
+        failure, seen = error, str(error)
+    try:
+        eager = attempt(args, rows)
+        fn = _plate(eager, plate)
+        if fn.size == total and fn.subsample_size == size:
+            return eager, True
+    except (IndexError, RuntimeError, ValueError) as error:
+        if failure is not None:
+            raise failure from error
+    if failure is not None:
+        raise failure
+    raise ValueError(
+        f'{seen}; write plate("{plate}", len(x)) over the gathered rows, '
+        f'or plate("{plate}", {total}, subsample_size={size}) and index the data yourself'
+    )
+
+
+def _plate(eager: _Pass, name: str) -> Any:
+    plates = {n: s["fn"] for n, s in eager.model_trace.nodes.items() if is_plate(s)}
+    if name not in plates:
+        raise ValueError(f"the model has no plate {name!r} to subsample; its plates are {sorted(plates) or 'none'}")
+    return plates[name]
+
+
+def _check_subsampling(eager: _Pass, minibatch: Minibatch | None) -> None:
+    for trace in (eager.guide_trace, eager.model_trace):
+        for name, site in trace.nodes.items():
+            if is_plate(site) and site["fn"].subsample_size not in (None, site["fn"].size):
+                if minibatch is None or name != minibatch.plate:
+                    raise ValueError(
+                        f"plate {name!r} subsamples {site['fn'].subsample_size} of {site['fn'].size} rows; "
+                        f'pass minibatch=Minibatch({site["fn"].subsample_size}, plate="{name}")'
+                    )
+
+
+def _check_local_latents(eager: _Pass, minibatch: Minibatch, by_index: bool) -> None:
+    """A guide with a parameter per row needs to know which rows it sees."""
+    local = [
+        s["name"]
+        for s in random_sites(eager.model_trace)
+        if not s["is_observed"] and any(f.name == minibatch.plate for f in s["cond_indep_stack"])
+    ]
+    if not local or not isinstance(eager.guide, AutoGuide):
+        return
+    if not by_index or isinstance(eager.guide, AutoContinuous):
+        raise ValueError(
+            f"latent site {local[0]!r} lies in the subsampled plate {minibatch.plate!r}, and guide "
+            f"{type(eager.guide).__name__} holds parameters per row: write an amortized guide, or use mean-field with "
+            f'plate("{minibatch.plate}", N, subsample_size={minibatch.size}) in the model'
+        )
+
+
+def _leaves(eager: _Pass) -> list[Leaf]:
+    """Unconstrained tensors of the store, grouped by the traces that read them."""
+
+    def read(trace: Trace) -> set[str]:
+        return {name for name, site in trace.nodes.items() if site["type"] == "param"}
+
+    in_guide, in_model = read(eager.guide_trace), read(eager.model_trace)
+    params, constraints = eager.store["params"], eager.store["constraints"]
+    leaves = []
+    for name, tensor in params.items():
+        if name in in_guide or name in in_model:
+            both = name in in_guide and name in in_model
+            group: Group = "shared" if both else "phi" if name in in_guide else "theta"
+            leaves.append(Leaf(name, tensor, constraints[name], group))
+    return leaves
+
+
+def _warn_of_constants(eager: _Pass) -> None:
+    """Warn of trainable module parameters that nobody registered: they stay as they are."""
+    known = {id(t) for t in eager.store["params"].values()}
+    for module in eager.modules:
+        for name, parameter in module.module.named_parameters():
+            if id(parameter) in eager.tape.strangers and id(parameter) not in known:
+                known.add(id(parameter))
+                warnings.warn(
+                    f"parameter {name!r} of {type(module.module).__name__} is not registered and stays constant; "
+                    "call pyro.module(name, module) in the model or guide, or freeze it with requires_grad_(False)",
+                    stacklevel=4,
+                )
+
+
+def _custom_functions(eager: _Pass) -> list[str]:
+    """Autograd functions written in Python: a graph of forward operations would lose their gradients."""
+    total = eager.guide_trace.log_prob_sum() + eager.model_trace.log_prob_sum()
+    found, seen, stack = set(), set(), [total.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            found.add(type(node).__name__.removesuffix("Backward"))
+        stack.extend(parent for parent, _ in node.next_functions)
+    return [f"autograd function {name!r} has a hand-written gradient" for name in sorted(found)]
+
+
+def _dependent(program: Program, eager: _Pass, batch: Batch) -> set[str]:
+    """Observed sites whose density depends on a latent, read from the autograd graph."""
+    observed = [s["name"] for s in random_sites(eager.model_trace) if s["is_observed"]]
+    drawn = eager.guide_trace.copy()
+    latents = {}
+    for site in random_sites(eager.model_trace):
+        if not site["is_observed"]:
+            node = drawn.nodes[site["name"]]
+            if not node["value"].is_floating_point():
+                return set(observed)
+            latents[site["name"]] = node["value"] = node["value"].detach().clone().requires_grad_()
+    if not latents:
+        return set()
+    with program.handlers(None, batch):
+        replayed = poutine.replay(program.model, trace=drawn)
+        model_trace = poutine.trace(replayed).get_trace(*program.positional(batch), **program.kwargs)
+        model_trace.compute_log_prob()
+        densities = {name: model_trace.nodes[name]["log_prob_sum"] for name in observed}
+    leaves = list(latents.values())
+
+    def depends(density: Tensor) -> bool:
+        if not density.requires_grad:
+            return False
+        return any(g is not None for g in torch.autograd.grad(density, leaves, retain_graph=True, allow_unused=True))
+
+    return {name for name, density in densities.items() if depends(density)}

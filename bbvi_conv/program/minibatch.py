@@ -1,0 +1,67 @@
+"""Minibatches: which rows a step sees, and how rows become a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bbvi_conv.program.noise import generator
+
+
+class Batch(NamedTuple):
+    """What varies from step to step: gathered ``args`` (leading dimension B) and, for ``plate(N, B)``, the row indices.
+
+    Both are empty when every step sees the whole data.
+    """
+
+    args: tuple[Tensor, ...] = ()
+    indices: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Rows for one step, drawn from the N rows of the data.
+
+    Positional arguments whose leading dimension is N are gathered. The named plate then has the batch size, as in
+    ``plate("data", len(x))``, and its terms are scaled by N/B for the user; or it is ``plate("data", N,
+    subsample_size=B)`` and receives the row indices.
+
+    Args:
+        size: B, rows a step.
+        plate: name of the plate whose rows are subsampled.
+        sampling: ``"iid"`` draws B rows with replacement, independently at every step; ``"epoch"`` goes through a
+            fresh permutation each epoch (a last part shorter than B is left out).
+
+    Raises:
+        ValueError: if ``size`` is below 1 or ``sampling`` is unknown.
+
+    Example:
+        >>> Minibatch(128, plate="data").sampling
+        'iid'
+    """
+
+    size: int
+    plate: str
+    sampling: Literal["iid", "epoch"] = "iid"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"Minibatch size must be at least 1, got {self.size}")
+        if self.sampling not in ("iid", "epoch"):
+            raise ValueError(f'Minibatch sampling must be "iid" or "epoch", got {self.sampling!r}')
+
+    def indices(self, seed: int, step: int, count: int, total: int, block: int) -> Tensor:
+        """Row indices ``(count, B)`` of the steps ``step .. step + count - 1``, all inside one noise block."""
+        if self.sampling == "iid":
+            gen = generator(seed, "minibatch", step // block)
+            rows = torch.randint(total, (block, self.size), generator=gen)
+            return rows[step % block : step % block + count]
+        per_epoch = total // self.size
+        first, last = step // per_epoch, (step + count - 1) // per_epoch
+        epochs = [torch.randperm(total, generator=generator(seed, "minibatch", e)) for e in range(first, last + 1)]
+        rows = torch.cat([e[: per_epoch * self.size].reshape(per_epoch, self.size) for e in epochs])
+        start = step - first * per_epoch
+        return rows[start : start + count]

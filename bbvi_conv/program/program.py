@@ -1,0 +1,346 @@
+"""``Program``: a Pyro model and guide as a pure function of parameters, noise and minibatch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+from torch.distributions import transform_to
+
+from bbvi_conv.program.minibatch import Batch, Minibatch
+from bbvi_conv.program.noise import Noise, NoiseLayout
+from bbvi_conv.program.structure import Leaf, Structure, is_plate, random_sites
+from bbvi_conv.program.tape import Tape, taped
+
+Params = dict[str, dict[str, Tensor]]
+"""Unconstrained leaves by group: ``{"theta": {name: tensor}, "phi": ..., "shared": ...}``."""
+
+GROUPS = ("theta", "phi", "shared")
+
+UNTAPED_SEED = 2
+"""Uniforms at the head of the tape that seed the generator of random operations the tape cannot serve."""
+
+
+class Terms(NamedTuple):
+    """Log densities of one draw, in nats.
+
+    Attributes:
+        log_p: ``(..., U)``, latent sites and what depends on them, per unit, minibatch scale left out.
+        log_q: ``(..., U)``, guide sites, per unit, likewise.
+        free: ``(...)``, observed sites that depend on no latent, minibatch scale included.
+        score: ``(..., U)``, the part of ``log_q`` from sites without a pathwise gradient.
+    """
+
+    log_p: Tensor
+    log_q: Tensor
+    free: Tensor
+    score: Tensor
+
+
+class SiteValues(NamedTuple):
+    """What one draw looks like to the user: values of sites, log-likelihoods per observation, the two densities."""
+
+    latent: dict[str, Tensor]
+    deterministic: dict[str, Tensor]
+    log_likelihood: dict[str, Tensor]
+    log_p: Tensor
+    log_q: Tensor
+
+
+class Rows(Messenger):  # type: ignore[misc]
+    """Answer the subsample statement of one plate with given row indices."""
+
+    def __init__(self, plate: str, indices: Tensor) -> None:
+        super().__init__()
+        self.plate, self.indices = plate, indices
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.plate and is_plate(msg):
+            msg["value"], msg["done"] = self.indices, True
+
+
+@contextmanager
+def quiet_pyro(store: dict[str, Any] | None, dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
+    """Pyro's handlers with a store of their own, a default dtype and a validation flag; all put back at the end."""
+    before = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(pyro.get_param_store().scope(store))
+        stack.enter_context(pyro.validation_enabled(validate))
+        stack.callback(torch.set_default_dtype, before)
+        torch.set_default_dtype(dtype)
+        yield
+
+
+def anew(trace: Trace) -> Trace:
+    """The same values as new tensors: a distribution that remembers its own draw must not recognise them."""
+    anew = trace.copy()
+    for site in random_sites(anew):
+        site["value"] = site["value"].clone()
+    return anew
+
+
+class Program:
+    r"""``log_weights(theta, phi_sample, phi_density, noise, batch) -> Terms`` of one Pyro model and guide.
+
+    The variational parameters enter twice, once through the draw :math:`z = g(\epsilon, \phi, x)` and once through the
+    density :math:`\log q_\phi(z)`, so that an estimator is a choice of which copy is detached. Where both are the same
+    object, the guide runs once and its density may use the noise of the draw (no inverse, no triangular solve).
+
+    Made by :func:`bbvi_conv.program.build.build`.
+
+    Attributes:
+        leaves: unconstrained parameters, theta first, then phi, then shared.
+        structure: sites and units.
+        layout: base noise of one run.
+        total: N, rows of the data when a plate is subsampled, else 1.
+        scale: N/B, else 1.
+        dtype: float type of parameters, noise and data.
+        obstacles: why the program cannot be traced; empty when nothing is known against it.
+        untaped: whether a random operation is drawn from a generator seeded by the tape.
+        implicit: whether a draw has an implicit gradient, which has no second derivative.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        store: dict[str, Any],
+        leaves: Sequence[Leaf],
+        structure: Structure,
+        layout: NoiseLayout,
+        minibatch: Minibatch | None,
+        batched: tuple[int, ...],
+        total: int,
+        by_index: bool,
+        dtype: torch.dtype,
+        obstacles: Sequence[str],
+        untaped: bool,
+        implicit: bool,
+        modules: Sequence[nn.Module],
+    ) -> None:
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.store, self.structure, self.layout, self.dtype = store, structure, layout, dtype
+        self.minibatch, self.batched, self.total, self.by_index = minibatch, batched, total, by_index
+        self.obstacles, self.untaped, self.implicit = tuple(obstacles), untaped, implicit
+        self.leaves = tuple(sorted(leaves, key=lambda leaf: GROUPS.index(leaf.group)))
+        self.modules = tuple(modules)
+        self.scale = total / minibatch.size if minibatch else 1.0
+        self.sizes = [leaf.tensor.numel() for leaf in self.leaves]
+        self.device = next((leaf.tensor.device for leaf in self.leaves), torch.device("cpu"))
+
+    # ---- parameters: a flat vector for the optimiser, a nested dict for people ----
+
+    @property
+    def groups(self) -> dict[str, slice]:
+        """Where theta, phi and shared lie in the flat vector."""
+        ends, at = {}, 0
+        for group in GROUPS:
+            size = sum(n for leaf, n in zip(self.leaves, self.sizes, strict=True) if leaf.group == group)
+            ends[group] = slice(at, at + size)
+            at += size
+        return ends
+
+    def initial(self) -> Tensor:
+        """Current values of all leaves as one flat vector ``(P,)``; a copy."""
+        if not self.leaves:
+            return torch.zeros(0, dtype=self.dtype)
+        return torch.cat([leaf.tensor.detach().reshape(-1).to(self.dtype) for leaf in self.leaves])
+
+    def split(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Flat vector ``(P,)`` to ``(theta, phi)``, each by leaf name; shared leaves are in both."""
+        parts = torch.split(x, self.sizes) if self.leaves else ()
+        named = [(leaf, part.reshape(leaf.tensor.shape)) for leaf, part in zip(self.leaves, parts, strict=True)]
+        theta = {leaf.name: part for leaf, part in named if leaf.group != "phi"}
+        return theta, {leaf.name: part for leaf, part in named if leaf.group != "theta"}
+
+    def params(self, x: Tensor) -> Params:
+        """Flat vector to nested unconstrained leaves, copied."""
+        theta, phi = self.split(x.detach().clone())
+        values = {**theta, **phi}
+        return {g: {leaf.name: values[leaf.name] for leaf in self.leaves if leaf.group == g} for g in GROUPS}
+
+    def constrained(self, x: Tensor) -> dict[str, Tensor]:
+        """Flat vector to constrained values by leaf name."""
+        theta, phi = self.split(x.detach().clone())
+        values = {**theta, **phi}
+        return {leaf.name: transform_to(leaf.constraint)(values[leaf.name]) for leaf in self.leaves}
+
+    def write_back(self, x: Tensor) -> None:
+        """Copy values into the tensors that Pyro and the modules own: modules end up trained, in place."""
+        theta, phi = self.split(x.detach())
+        values = {**theta, **phi}
+        with torch.no_grad():
+            for leaf in self.leaves:
+                leaf.tensor.copy_(values[leaf.name])
+
+    # ---- data ----
+
+    def batch(self, indices: Tensor | None) -> Batch:
+        """The batch of given row indices ``(..., B)``, leading dimensions kept; whole data for None."""
+        if indices is None or self.minibatch is None:
+            return Batch(tuple(self.args[i] for i in self.batched))
+        if self.by_index:
+            return Batch(indices=indices)
+        return Batch(tuple(self.args[i][indices] for i in self.batched))
+
+    def example(self) -> tuple[Noise, Batch]:
+        """Noise and batch of one run, for tracing: fixed values of the right shapes."""
+        noise = self.layout.draw(torch.Generator(self.device).manual_seed(0), dtype=self.dtype)
+        return noise, self.batch(torch.arange(self.minibatch.size) if self.minibatch else None)
+
+    def positional(self, batch: Batch) -> tuple[Any, ...]:
+        """All positional arguments of the model, with the batch in place."""
+        args = list(self.args)
+        for i, value in zip(self.batched, batch.args, strict=bool(batch.args)):
+            args[i] = value
+        return tuple(args)
+
+    # ---- the pure function, by Pyro's handlers ----
+
+    @property
+    def plate(self) -> str | None:
+        """Name of the subsampled plate."""
+        return self.minibatch.plate if self.minibatch else None
+
+    def _values(self, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        return {id(leaf.tensor): values[leaf.name] for leaf in self.leaves if leaf.name in values}
+
+    @contextmanager
+    def handlers(self, noise: Noise | None, batch: Batch, *, tracing: bool = False) -> Iterator[Tape]:
+        """Pyro's handlers with noise, rows and parameters externalised; yields the tape."""
+        tape = Tape(noise, {}, mark_no_grad=tracing)
+        with ExitStack() as stack:
+            stack.enter_context(quiet_pyro(self.store, self.dtype))
+            if self.untaped and noise is not None:
+                stack.enter_context(torch.random.fork_rng(devices=[]))
+                high, low = (int(float(u) * 2**24) for u in noise.uniform[:UNTAPED_SEED])
+                torch.manual_seed((high << 24) + low)
+            if batch.indices is not None and self.plate is not None:
+                stack.enter_context(Rows(self.plate, batch.indices))
+            stack.enter_context(taped(tape))
+            yield tape
+
+    def _traces(
+        self,
+        tape: Tape,
+        theta: Mapping[str, Tensor],
+        phi_sample: Mapping[str, Tensor],
+        phi_density: Mapping[str, Tensor],
+        batch: Batch,
+    ) -> tuple[Trace, Trace]:
+        """Guide trace (with the densities of ``phi_density``) and model trace, log-probabilities computed."""
+        args = self.positional(batch)
+        if self.untaped:
+            tape.uniforms = UNTAPED_SEED
+        tape.values = self._values(phi_sample)
+        drawn = poutine.trace(self.guide).get_trace(*args, **self.kwargs)
+        guide = drawn
+        if phi_density is not phi_sample:
+            tape.values = self._values(phi_density)
+            before = tape.used
+            guide = poutine.trace(poutine.replay(self.guide, trace=anew(drawn))).get_trace(*args, **self.kwargs)
+            if tape.used != before:
+                raise ValueError("the guide draws noise outside its sample sites: its density at given values is unknown")
+        guide.compute_log_prob()
+        tape.values = self._values(theta)
+        model = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(*args, **self.kwargs)
+        model.compute_log_prob()
+        return guide, model
+
+    def _density(self, site: dict[str, Any]) -> Tensor:
+        """Log-probability of a site by batch dimension, poutine scales in, the minibatch scale of ``plate(N, B)`` out."""
+        scale = site["scale"]
+        if self.by_index and any(f.name == self.plate for f in site["cond_indep_stack"]):
+            scale = scale / self.scale
+        density: Tensor = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
+        return density
+
+    def _per_unit(self, site: dict[str, Any]) -> Tensor:
+        density = self._density(site)
+        dims, shape = self.structure.unit_dims, self.structure.unit_shape
+        if self.plate is not None and self.plate not in self.structure.unit and self._subsampled(site):
+            density = density * self.scale
+        if not dims:
+            return density.sum().reshape(1)
+        density = density.reshape((1,) * max(0, -min(dims) - density.dim()) + tuple(density.shape))
+        target = list(density.shape)
+        for dim, size in zip(dims, shape, strict=True):
+            target[dim] = size
+        density = density.expand(target)
+        others = [d for d in range(density.dim()) if d - density.dim() not in dims]
+        return (density.sum(others) if others else density).reshape(-1)
+
+    def _subsampled(self, site: dict[str, Any]) -> bool:
+        return any(f.name == self.plate for f in site["cond_indep_stack"])
+
+    def log_weights(
+        self,
+        theta: Mapping[str, Tensor],
+        phi_sample: Mapping[str, Tensor],
+        phi_density: Mapping[str, Tensor],
+        noise: Noise,
+        batch: Batch,
+        *,
+        tracing: bool = False,
+    ) -> Terms:
+        """Log densities of one draw, by running Pyro's handlers."""
+        with self.handlers(noise, batch, tracing=tracing) as tape:
+            guide, model = self._traces(tape, theta, phi_sample, phi_density, batch)
+            zero = torch.zeros(math.prod(self.structure.unit_shape), dtype=self.dtype, device=self.device)
+            in_unit = {s.name for s in (*self.structure.latents, *self.structure.observed) if s.in_unit}
+            log_p, log_q, score, free = zero, zero, zero, zero.new_zeros(())
+            for site in random_sites(model):
+                if site["name"] in in_unit:
+                    log_p = log_p + self._per_unit(site)
+                else:
+                    free = free + self._density(site).sum() * (self.scale if self._subsampled(site) else 1.0)
+            for site in random_sites(guide):
+                term = self._per_unit(site)
+                log_q = log_q + term
+                if site["name"] in self.structure.score_sites:
+                    score = score + term
+            return Terms(log_p, log_q, free, score)
+
+    def site_values(self, x: Tensor, noise: Noise, batch: Batch) -> SiteValues:
+        """Values and log-likelihoods of one draw at flat parameters ``x``."""
+        theta, phi = self.split(x)
+        with self.handlers(noise, batch) as tape:
+            guide, model = self._traces(tape, theta, phi, phi, batch)
+            nodes = model.nodes
+            deterministic = {
+                name: site["value"]
+                for name, site in nodes.items()
+                if site["type"] == "sample" and site["infer"].get("_deterministic")
+            }
+            sites = random_sites(model)
+            log_q = sum((self._density(s).sum() for s in random_sites(guide)), torch.zeros((), dtype=self.dtype))
+            return SiteValues(
+                {s["name"]: s["value"] for s in sites if not s["is_observed"]},
+                deterministic,
+                {s["name"]: s["unscaled_log_prob"] for s in sites if s["is_observed"]},
+                sum((self._density(s).sum() for s in sites), torch.zeros((), dtype=self.dtype)),
+                log_q,
+            )
+
+    def bind(self, function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+        """``function`` (model or guide) that runs with the values ``x``, in a store of its own."""
+        theta, phi = self.split(x.detach().clone())
+        values = self._values({**theta, **phi})
+
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            with quiet_pyro(self.store, self.dtype), Tape(None, values, serve=False):
+                return function(*args, **kwargs)
+
+        return bound

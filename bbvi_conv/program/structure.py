@@ -1,0 +1,185 @@
+"""What one eager pass tells about a model and guide: sites, plates, leaves, units; and what is wrong with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import constraints
+
+Group = Literal["theta", "phi", "shared"]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An unconstrained parameter: the tensor that Pyro or a module owns, its constraint and its group."""
+
+    name: str
+    tensor: Tensor
+    constraint: Any
+    group: Group
+
+
+@dataclass(frozen=True)
+class Site:
+    """A random site: plates outermost first, as ``(name, dim, size)``."""
+
+    name: str
+    plates: tuple[tuple[str, int, int], ...]
+    observed: bool
+    in_unit: bool
+    event_dim: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Sites of model and guide, and the conditionally independent unit.
+
+    Attributes:
+        latents: latent sites of the model.
+        observed: observed sites of the model (factors included, deterministic sites not).
+        auxiliary: sites of the guide alone.
+        score_sites: guide sites without a pathwise gradient.
+        unit: plates shared by all latent sites and every site that depends on a latent, outermost first.
+        unit_shape: their sizes.
+    """
+
+    latents: tuple[Site, ...]
+    observed: tuple[Site, ...]
+    auxiliary: tuple[Site, ...]
+    score_sites: tuple[str, ...]
+    unit: tuple[str, ...]
+    unit_dims: tuple[int, ...]
+    unit_shape: tuple[int, ...]
+
+    def describe(self) -> str:
+        """The unit in words, as shown to the user."""
+        if not self.unit:
+            return "one unit: the joint bound of all latent sites"
+        return f"{math.prod(self.unit_shape)} units: one per index of plate {' x '.join(self.unit)}"
+
+
+def is_plate(site: dict[str, Any]) -> bool:
+    """Whether a trace node is the subsample statement of a plate."""
+    return site["type"] == "sample" and isinstance(site["fn"], _Subsample)
+
+
+def is_deterministic(site: dict[str, Any]) -> bool:
+    """Whether a trace node is a ``pyro.deterministic`` statement."""
+    return bool(site["infer"].get("_deterministic"))
+
+
+def random_sites(trace: Trace) -> list[dict[str, Any]]:
+    """Sample sites that carry density: neither plates nor deterministic values."""
+    return [s for s in trace.nodes.values() if s["type"] == "sample" and not is_plate(s) and not is_deterministic(s)]
+
+
+def plates_of(site: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
+    """Vectorized plates around a site, outermost first."""
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+    return tuple((f.name, f.dim, f.size) for f in sorted(frames, key=lambda f: f.dim))
+
+
+def analyse(guide_trace: Trace, model_trace: Trace, dependent: set[str]) -> Structure:
+    """Structure of a validated pair of traces; ``dependent`` names the observed sites that depend on a latent."""
+    model_sites, guide_sites = random_sites(model_trace), random_sites(guide_trace)
+    latent_names = {s["name"] for s in model_sites if not s["is_observed"]}
+    relevant = [s for s in model_sites if s["name"] in latent_names or s["name"] in dependent]
+    relevant += [s for s in guide_sites if not s["is_observed"] or s["name"] not in latent_names]
+    common = [{p for p in plates_of(s)} for s in relevant]
+    unit = sorted(set.intersection(*common), key=lambda p: p[1]) if common else []
+
+    def describe(s: dict[str, Any]) -> Site:
+        in_unit = s["name"] in latent_names or s["name"] in dependent
+        value = s["value"]
+        return Site(
+            s["name"], plates_of(s), bool(s["is_observed"]), in_unit, int(s["fn"].event_dim), int(torch.as_tensor(value).numel())
+        )
+
+    return Structure(
+        latents=tuple(describe(s) for s in model_sites if not s["is_observed"]),
+        observed=tuple(describe(s) for s in model_sites if s["is_observed"]),
+        auxiliary=tuple(describe(s) for s in guide_sites if s["name"] not in latent_names),
+        score_sites=tuple(
+            s["name"] for s in guide_sites if not s["is_observed"] and not getattr(s["fn"], "has_rsample", True)
+        ),
+        unit=tuple(name for name, _, _ in unit),
+        unit_dims=tuple(dim for _, dim, _ in unit),
+        unit_shape=tuple(size for _, _, size in unit),
+    )
+
+
+def check_finite(values: Iterable[tuple[str, Any]]) -> None:
+    """Refuse NaN and infinite data, naming the first index.
+
+    Raises:
+        ValueError: naming the argument and the index.
+    """
+    for name, value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            bad = ~torch.isfinite(value)
+            if bad.any():
+                index = tuple(int(i) for i in bad.nonzero()[0])
+                raise ValueError(f"{name} holds {value[index].item()} at index {index}; remove or mask such rows")
+
+
+def check_guide(guide_trace: Trace, model_trace: Trace) -> None:
+    """Refuse a guide that misses a latent site, has an extra one, or draws values of another shape.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    latents = {s["name"]: s for s in random_sites(model_trace) if not s["is_observed"]}
+    drawn = {s["name"]: s for s in random_sites(guide_trace) if not s["is_observed"]}
+    for name in latents:
+        if name not in drawn:
+            raise ValueError(f"the guide has no sample site {name!r}, a latent of the model; add it to the guide or observe it")
+    for name, site in drawn.items():
+        if name not in latents and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"guide site {name!r} is no latent of the model; "
+                'remove it, or mark it infer={"is_auxiliary": True} if it only helps the guide'
+            )
+
+
+def check_supports(model_trace: Trace) -> None:
+    """Refuse values outside a site's support or of a shape that does not broadcast with it.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    for site in random_sites(model_trace):
+        fn, value = site["fn"], site["value"]
+        who = f"{'observed' if site['is_observed'] else 'latent'} site {site['name']!r}"
+        event = tuple(fn.event_shape)
+        if event and tuple(value.shape[len(value.shape) - len(event) :]) != event:
+            raise ValueError(f"{who} expects event shape {event}, got a value of shape {tuple(value.shape)}")
+        try:
+            torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - len(event)])
+        except RuntimeError:
+            raise ValueError(
+                f"{who} has batch shape {tuple(fn.batch_shape)}, got a value of shape {tuple(value.shape)}; "
+                "check the plate sizes and the data"
+            ) from None
+        if value.is_floating_point() and site["is_observed"]:
+            check_finite([(f"the data of {who}", value.detach())])
+        support = fn.support
+        if isinstance(support, constraints.Constraint) and not support.is_discrete and support is constraints.dependent:
+            continue
+        try:
+            inside = support.check(value)
+        except NotImplementedError:
+            continue
+        mask = site.get("mask")
+        if isinstance(mask, Tensor):
+            inside = inside | ~mask
+        if mask is not False and not bool(torch.as_tensor(inside).all()):
+            hint = "the data" if site["is_observed"] else "the guide's support"
+            raise ValueError(f"a value of {who} lies outside the support {support}; check {hint}")

@@ -1,0 +1,272 @@
+"""Each shipped model against formulas written here with scipy and numpy, and against published numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from scipy import integrate, optimize, stats
+
+MODELS = Path(__file__).parents[2] / "models"
+needs_data = pytest.mark.skipif(
+    "BBVI_CONV_DATA" not in os.environ, reason="BBVI_CONV_DATA names no folder of real data"
+)
+
+
+def load(name: str) -> ModuleType:
+    """Run a model file, as the command line does: by its path, and never as ``models.NAME``."""
+    spec = importlib.util.spec_from_file_location(f"shipped_{name}", MODELS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Plain numbers in a model become tensors of this type, and of the old one again afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def log_joint(model: Any, args: tuple[torch.Tensor, ...], values: dict[str, Any]) -> float:
+    """log p(data, values) as Pyro sees it, priors' constants in float64 too; every latent site must be given."""
+    given = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()}
+    with pyro.get_param_store().scope(), torch.no_grad(), default_dtype(torch.float64):
+        trace = poutine.trace(poutine.condition(model, given)).get_trace(*args)
+        assert given.keys() <= trace.nodes.keys()
+        assert [name for name in trace.stochastic_nodes if not site_is_subsample(trace.nodes[name])] == []
+        return float(trace.log_prob_sum())
+
+
+def test_nothing_ships_untested() -> None:
+    assert {path.stem for path in MODELS.glob("*.py")} == {
+        "challenger",
+        "conjugate_gaussian",
+        "eight_schools",
+        "vae",
+    }
+    assert "models" not in sys.modules
+
+
+# Eight schools
+
+MU, TAU = 3.0, 2.5
+THETA = np.linspace(-4.0, 9.0, 8)
+
+
+def eight_schools_density() -> tuple[float, float]:
+    """log p(y, mu, tau, theta) of the centered model, and log |d theta / d theta_trans|."""
+    y = np.array([28, 8, -3, 7, -1, 1, 18, 12])
+    sigma = np.array([15, 10, 16, 11, 9, 11, 10, 18])
+    prior = stats.norm(0, 5).logpdf(MU) + stats.halfcauchy(0, 5).logpdf(TAU) + stats.norm(MU, TAU).logpdf(THETA).sum()
+    return prior + stats.norm(THETA, sigma).logpdf(y).sum(), 8 * math.log(TAU)
+
+
+def test_eight_schools_both_parameterisations() -> None:
+    module = load("eight_schools")
+    density, jacobian = eight_schools_density()
+    values = {"mu": MU, "tau": TAU}
+    assert log_joint(module.centered, module.data(), values | {"theta": THETA}) == pytest.approx(density, rel=1e-12)
+    trans = (THETA - MU) / TAU
+    noncentered = log_joint(module.model, module.data(), values | {"theta_trans": trans})
+    assert noncentered == pytest.approx(density + jacobian, rel=1e-12)
+
+
+def test_eight_schools_records_theta() -> None:
+    module = load("eight_schools")
+    trace = poutine.trace(
+        poutine.condition(module.model, {"mu": torch.tensor(MU), "tau": torch.tensor(TAU)})
+    ).get_trace(*module.data())
+    theta, trans = trace.nodes["theta"]["value"], trace.nodes["theta_trans"]["value"]
+    assert theta.shape == (8,)
+    assert torch.allclose(theta, MU + TAU * trans)
+
+
+@needs_data
+@pytest.mark.parametrize("parameterisation", ["centered", "noncentered"])
+def test_eight_schools_is_the_one_of_the_reference_draws(parameterisation: str) -> None:
+    """The data are the database's, and laws of the posterior hold over its draws, with the model's own gradients.
+
+    Integration by parts, E[div g + g . grad log p] = 0, for three fields g whose terms have finite variance: moving mu
+    and all theta together (the prior of mu, the likelihood), widening tau and all theta - mu together (the prior of
+    tau), and widening one theta_j - mu (the prior of theta_j). Each mean is within 5 standard errors of 0. Power:
+    a prior scale of mu, or of tau, that is twice as large moves its law by more than 10.
+    """
+    from bbvi_conv.data import posterior
+
+    module = load("eight_schools")
+    reference = posterior(f"eight_schools-eight_schools_{parameterisation}")
+    y, sigma = module.data()
+    assert y.tolist() == reference.data["y"]
+    assert sigma.tolist() == reference.data["sigma"]
+    draws = {key: torch.from_numpy(value.ravel()) for key, value in reference.draws.items()}
+    mu, tau = (draws[name][:, None].clone().requires_grad_() for name in ("mu", "tau"))
+    theta = torch.stack([draws[f"theta[{j}]"] for j in range(1, 9)], -1).requires_grad_()
+
+    def many() -> None:
+        with pyro.plate("draw", len(mu), dim=-2):
+            module.centered(y, sigma)
+
+    trace = poutine.trace(poutine.condition(many, {"mu": mu, "tau": tau, "theta": theta})).get_trace()
+    by_mu, by_tau, by_theta = torch.autograd.grad(trace.log_prob_sum(), [mu, tau, theta])
+    away = theta - mu
+    together = by_mu + by_theta.sum(-1, keepdim=True)
+    wider = 9 + tau * by_tau + (away * by_theta).sum(-1, keepdim=True)
+    laws = torch.cat([together, wider, 1 + away * by_theta], -1).detach()
+
+    def standardised(law: torch.Tensor) -> torch.Tensor:
+        return law.mean(0) / (law.std(0) / len(law) ** 0.5)
+
+    assert (standardised(laws).abs() < 5).all()
+    wrong = torch.cat([mu / 25 - mu / 100, 2 * tau**2 * (1 / (25 + tau**2) - 1 / (100 + tau**2))], -1).detach()
+    assert (standardised(laws[:, :2] + wrong).abs() > 10).all()
+
+
+# Challenger
+
+
+def test_challenger_density() -> None:
+    module = load("challenger")
+    temperature, distress = (array.numpy() for array in module.data())
+    logits = -1.5 - 1.25 * temperature
+    likelihood = np.where(distress == 1, -np.log1p(np.exp(-logits)), -np.log1p(np.exp(logits))).sum()
+    expected = likelihood + stats.norm(0, 5).logpdf(-1.5) + stats.norm(0, 2.5).logpdf(-1.25)
+    assert log_joint(module.model, module.data(), {"alpha": -1.5, "beta": -1.25}) == pytest.approx(expected, rel=1e-12)
+    assert temperature.mean() == pytest.approx(0, abs=1e-12)
+    assert temperature.std(ddof=1) == pytest.approx(1, rel=1e-12)
+
+
+def test_challenger_data_give_the_published_fit() -> None:
+    """The maximum likelihood estimates known from textbooks: logit p = 15.043 - 0.2322 F, deviance 20.315."""
+    module = load("challenger")
+    fahrenheit, distress = np.array(module.FAHRENHEIT), np.array(module.DISTRESS)
+
+    def deviance(coefficients: np.ndarray) -> float:
+        logits = coefficients[0] + coefficients[1] * (fahrenheit - 70)
+        return float(2 * np.logaddexp(0, (1 - 2 * distress) * logits).sum())
+
+    best = optimize.minimize(deviance, [0.0, 0.0], method="BFGS", options={"gtol": 1e-8})
+    assert best.x[0] - 70 * best.x[1] == pytest.approx(15.043, abs=1e-3)
+    assert best.x[1] == pytest.approx(-0.2322, abs=1e-4)
+    assert best.fun == pytest.approx(20.315, abs=1e-3)
+
+
+# Conjugate Gaussian
+
+
+def test_conjugate_gaussian_density() -> None:
+    module = load("conjugate_gaussian")
+    x, noise_scale = module.data()
+    assert (x.shape, noise_scale.shape) == ((50, 5), (5,))
+    z = np.linspace(-1.0, 1.0, 5)
+    expected = stats.norm(0, 2).logpdf(z).sum() + stats.norm(z, noise_scale).logpdf(x).sum()
+    assert log_joint(module.model, (x, noise_scale), {"z": z}) == pytest.approx(expected, rel=1e-12)
+
+
+def test_conjugate_gaussian_evidence_is_a_multivariate_normal() -> None:
+    """Marginally each coordinate's column is N(0, s_i^2 I + s_0^2 11'), whose density needs no posterior."""
+    module = load("conjugate_gaussian")
+    x, noise_scale = module.data()
+    covariances = [scale**2 * np.eye(50) + module.PRIOR_SCALE**2 for scale in noise_scale.numpy()]
+    expected = sum(stats.multivariate_normal(np.zeros(50), c).logpdf(x[:, i]) for i, c in enumerate(covariances))
+    assert float(module.log_evidence(x, noise_scale)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_conjugate_gaussian_posterior_is_the_normalised_joint() -> None:
+    """Evidence, mean and standard deviation by quadrature of the model's own density, in one dimension."""
+    module = load("conjugate_gaussian")
+    args = module.data(size=7, dim=1, seed=3)
+    loc, scale = (float(value) for value in module.posterior(*args))
+    evidence = float(module.log_evidence(*args))
+
+    def moment(power: int) -> float:
+        def integrand(z: float) -> float:
+            return (z - loc) ** power * math.exp(log_joint(module.model, args, {"z": [z]}) - evidence)
+
+        return integrate.quad(integrand, loc - 12 * scale, loc + 12 * scale, epsabs=1e-11, epsrel=1e-11)[0]
+
+    assert moment(0) == pytest.approx(1, rel=1e-9)
+    assert moment(1) == pytest.approx(0, abs=1e-9)
+    assert moment(2) == pytest.approx(scale**2, rel=1e-9)
+
+
+def test_conjugate_gaussian_data_are_reproducible_and_leave_the_generator_alone() -> None:
+    module = load("conjugate_gaussian")
+    before = torch.get_rng_state()
+    assert torch.equal(module.data()[0], module.data()[0])
+    assert not torch.equal(module.data()[0], module.data(seed=1)[0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# VAE
+
+
+def test_vae_density() -> None:
+    """Networks written out in numpy from their weights; the grey values of real data are only 0 and 255."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = load("vae")
+        images = (torch.rand(3, 28, 28) < 0.3).to(torch.uint8) * 255
+        z = torch.randn(3, 20)
+    module.encoder.double()
+    module.decoder.double()
+
+    def network(weights: Any, inputs: np.ndarray) -> np.ndarray:
+        w1, b1, w2, b2 = (weight.detach().numpy() for weight in weights.parameters())
+        return np.tanh(inputs @ w1.T + b1) @ w2.T + b2
+
+    x = images.reshape(3, 784).double().numpy() / 255
+    logits = network(module.decoder, z.double().numpy())
+    expected = stats.norm.logpdf(z.double().numpy()).sum() + (x * logits - np.logaddexp(0, logits)).sum()
+    assert log_joint(module.model, (images,), {"z": z}) == pytest.approx(expected, rel=1e-10)
+    code = network(module.encoder, x)
+    expected = stats.norm(code[:, :20], np.exp(code[:, 20:])).logpdf(z.double().numpy()).sum()
+    assert log_joint(module.guide, (images,), {"z": z}) == pytest.approx(expected, rel=1e-10)
+
+
+def test_vae_shapes() -> None:
+    module = load("vae")
+    assert [sum(p.numel() for p in net.parameters()) for net in (module.encoder, module.decoder)] == [
+        784 * 400 + 400 + 400 * 40 + 40,
+        20 * 400 + 400 + 400 * 784 + 784,
+    ]
+    assert module.fit["minibatch"].size == 128
+    assert module.fit["minibatch"].plate == "data"
+
+
+@needs_data
+def test_vae_data_are_binarised_with_the_grey_value_as_probability() -> None:
+    """Per grey value v, the fraction of white pixels is v / 255 within 5 standard errors; 0 and 255 exactly."""
+    from bbvi_conv.data import mnist
+
+    (images,) = load("vae").data()
+    grey, _ = mnist("train")
+    assert images.dtype == torch.uint8
+    assert images.shape == (60_000, 28, 28)
+    count = torch.bincount(grey.flatten().long(), minlength=256).double()
+    white = torch.bincount(grey[images == 255].long(), minlength=256).double()
+    assert int(((images != 0) & (images != 255)).sum()) == 0
+    p = torch.arange(256) / 255.0
+    assert white[0] == 0
+    assert white[255] == count[255]
+    assert ((white - count * p).abs() <= 5 * (count * p * (1 - p)).sqrt()).all()
+    assert count.min() > 1000  # power: at a thousand pixels a value five standard errors are at most 0.08
