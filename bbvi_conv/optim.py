@@ -89,9 +89,13 @@ class CosineDecay:
 class Optimiser(Protocol):
     """``init`` makes the state, ``update`` maps (gradient, state, iterate, step number) to the next iterate and state."""
 
-    def init(self, x: Tensor) -> tuple[Tensor, ...]: ...
+    def init(self, x: Tensor) -> tuple[Tensor, ...]:
+        """State before the first step."""
+        ...
 
-    def update(self, grad: Tensor, state: tuple[Tensor, ...], x: Tensor, n: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+    def update(
+        self, grad: Tensor, state: tuple[Tensor, ...], x: Tensor, n: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ class SGD:
         """No state."""
         return ()
 
-    def update(self, grad: Tensor, state: tuple[Tensor, ...], x: Tensor, n: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def update(
+        self, grad: Tensor, state: tuple[Tensor, ...], x: Tensor, n: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One step downhill."""
         return x - self.step_size(n) * grad, state
 
@@ -136,7 +142,9 @@ class Adam:
         """First and second moment, zero."""
         return torch.zeros_like(x), torch.zeros_like(x)
 
-    def update(self, grad: Tensor, state: tuple[Tensor, ...], x: Tensor, n: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def update(
+        self, grad: Tensor, state: tuple[Tensor, ...], x: Tensor, n: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One step downhill."""
         m = self.beta1 * state[0] + (1 - self.beta1) * grad
         v = self.beta2 * state[1] + (1 - self.beta2) * grad * grad
@@ -146,16 +154,16 @@ class Adam:
 
 
 class Average(NamedTuple):
-    """Running mean of the iterates of the current window: ``mean`` ``(P,)``, ``count`` scalar."""
+    """Running mean of the iterates of the current window: ``mean`` ``(P,)``, ``steps`` scalar, how many it is the mean of."""
 
     mean: Tensor
-    count: Tensor
+    steps: Tensor
 
 
 def include(average: Average, x: Tensor) -> Average:
     r""":math:`\bar x_k = \bar x_{k-1} + (x - \bar x_{k-1}) / k`."""
-    count = average.count + 1
-    return Average(average.mean + (x - average.mean) / count, count)
+    steps = average.steps + 1
+    return Average(average.mean + (x - average.mean) / steps, steps)
 
 
 def empty_average(x: Tensor) -> Average:

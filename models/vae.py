@@ -21,7 +21,7 @@ PIXELS, HIDDEN, LATENT = 784, 400, 20
 encoder = nn.Sequential(nn.Linear(PIXELS, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 2 * LATENT))
 decoder = nn.Sequential(nn.Linear(LATENT, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, PIXELS))
 
-fit = {"minibatch": bc.Minibatch(128, plate="data"), "dtype": torch.float32, "max_steps": 20_000}
+fit = {"minibatch": bc.Minibatch(128, plate="data"), "max_steps": 20_000}
 
 
 def model(images: Tensor) -> None:

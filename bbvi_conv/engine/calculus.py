@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +72,7 @@ class Calculus:
         """Scalar loss at noise ``(M, ...)``: a function torch can differentiate."""
         theta, phi = self.program.split(x)
         score = bool(self.program.structure.score_sites)
-        total = self.objective.loss(self.particles, theta, phi, noise, batch, scale=self.program.scale, score=score)
+        total = self.objective.surrogate(self.particles, theta, phi, noise, batch, scale=self.program.scale, score=score)
         return total / self.normaliser
 
     def _gradient(self, x: Tensor, noise: Noise, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -124,18 +125,23 @@ class Calculus:
         """Map a method over the J evaluations of a feed, in pieces that fit in memory."""
         count = len(feed.noise.normal)
         piece = max(1, min(count, CHUNK // max(1, len(x) * self.objective.draws)))
-        first = self.program.batch(None if feed.rows is None else feed.rows[0])
-        function = self.function(name, x, feed.noise[0], first, *more)
+        first = feed.batch(self.program, 0)
+        function = self.function(name, x, feed.noise.at(0), first, *more)
         results = []
         with buffers_kept(() if self.traced else self.program.modules):
             for start in range(0, count, piece):
                 part = slice(start, start + piece)
-                batch = self.program.batch(None if feed.rows is None else feed.rows[part])
-                mapped = feed.rows is not None
-                flags = [False, True, True, *(mapped for _ in batch.args), *([True] if batch.indices is not None else [])]
+                batch = feed.batch(self.program, part)
+                flags = [
+                    False,
+                    True,
+                    True,
+                    *(feed.moving for _ in batch.args),
+                    *([True] if batch.indices is not None else []),
+                ]
                 flags += [False] * len(more)
                 call = over_draws(function, flags, vectorise=self.vectorise)
-                results.append(call(*_flatten(x, feed.noise[part], batch, *more)))
+                results.append(call(*_flatten(x, feed.noise.at(part), batch, *more)))
         if isinstance(results[0], tuple):
             return tuple(torch.cat(column) for column in zip(*results, strict=True))
         return torch.cat(results)
@@ -158,6 +164,12 @@ class Calculus:
     def fisher_product(self, x: Tensor, v: Tensor, feed: Feed) -> Tensor:
         """Mean Fisher information of q over the feed (per ``normaliser``), times ``v``; needs a split objective."""
         return self._map("_fisher_product", x, feed, v).mean(0)  # type: ignore[no-any-return]
+
+    def on(self, program: Program) -> Calculus:
+        """The same functions on other data: ``program.with_data(...)``."""
+        other = copy.copy(self)
+        other.program = program
+        return other
 
 
 def _grad(y: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor:

@@ -132,7 +132,6 @@ def _loop(
     losses = []
     for feed in stream.steps(start, count):
         for t in range(len(feed.noise.normal)):
-            batch = calculus.program.batch(None if feed.rows is None else feed.rows[t])
-            carry, loss = one(carry, feed.noise[t], batch)
+            carry, loss = one(carry, feed.noise.at(t), feed.batch(calculus.program, t))
             losses.append(loss)
     return carry, torch.stack(losses) if losses else carry.x.new_zeros(0)

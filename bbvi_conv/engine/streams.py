@@ -8,15 +8,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import BLOCK, Noise, generator
 from bbvi_conv.program.program import Program
 
 
 class Feed(NamedTuple):
-    """Consecutive steps: ``noise`` ``(T, M, ...)`` and ``rows`` ``(T, B)`` or None."""
+    """What T evaluations see: ``noise`` ``(T, M, ...)``, and ``rows`` ``(T, B)``, or the batched ``args`` themselves, or neither."""
 
     noise: Noise
-    rows: Tensor | None
+    rows: Tensor | None = None
+    args: tuple[Tensor, ...] | None = None
+
+    @property
+    def moving(self) -> bool:
+        """Whether the batch differs between evaluations."""
+        return self.rows is not None or self.args is not None
+
+    def batch(self, program: Program, index: int | slice) -> Batch:
+        """The batch of one evaluation, or of several with T in front."""
+        if self.args is not None:
+            return Batch(tuple(a[index] for a in self.args))
+        return program.batch(None if self.rows is None else self.rows[index])
 
 
 class Stream:
@@ -39,7 +52,7 @@ class Stream:
         while start < end:
             block, offset = divmod(start, BLOCK)
             size = min(BLOCK - offset, end - start)
-            noise = self._block(block)[offset : offset + size]
+            noise = self._block(block).at(slice(offset, offset + size))
             yield Feed(noise, self._rows(start, size))
             start += size
 
@@ -55,6 +68,6 @@ class Stream:
         noise = self.program.layout.draw(gen, count, self.draws, dtype=self.program.dtype)
         minibatch = self.program.minibatch
         if minibatch is None:
-            return Feed(noise, None)
+            return Feed(noise)
         rows_gen = generator(self.seed, f"{self.name} rows", key)
         return Feed(noise, torch.randint(self.program.total, (count, minibatch.size), generator=rows_gen))

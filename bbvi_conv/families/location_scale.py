@@ -16,7 +16,6 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.distributions import constraints
 from pyro.distributions.util import eye_like, sum_rightmost
 from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoNormal
@@ -37,15 +36,18 @@ class DiagonalNormal(dist.Normal):  # type: ignore[misc]
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draw and remember the noise."""
         eps = torch.empty(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device).normal_()
-        value = self.loc + self.scale * eps
+        value: Tensor = self.loc + self.scale * eps
         self._drawn = (value, eps)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         r""":math:`-\epsilon^2/2 - \log s - \log(2\pi)/2`, in nats."""
-        own = self._drawn is not None and value is self._drawn[0]
-        eps = self._drawn[1] if own and self._drawn is not None else (value - self.loc) / self.scale
-        return -0.5 * (eps * eps + LOG_2PI) - self.scale.log()
+        if self._drawn is not None and value is self._drawn[0]:
+            eps = self._drawn[1]
+        else:
+            eps = (value - self.loc) / self.scale
+        density: Tensor = -0.5 * (eps * eps + LOG_2PI) - self.scale.log()
+        return density
 
 
 class TrilNormal(dist.TorchDistribution):  # type: ignore[misc]
@@ -129,11 +131,9 @@ class MeanFieldGuide(AutoNormal):  # type: ignore[misc]
                 normal = DiagonalNormal(loc, scale).to_event(self._event_dims[name])
                 free = pyro.sample(f"{name}_unconstrained", normal, infer={"is_auxiliary": True})
                 value = transform(free)
-                density: Tensor | float = 0.0
-                if poutine.get_mask() is not False:
-                    density = transform.inv.log_abs_det_jacobian(value, free)
-                    density = sum_rightmost(density, density.dim() - value.dim() + event_dim)
-                result[name] = pyro.sample(name, dist.Delta(value, log_density=density, event_dim=event_dim))
+                volume = transform.inv.log_abs_det_jacobian(value, free)
+                volume = sum_rightmost(volume, volume.dim() - value.dim() + event_dim)
+                result[name] = pyro.sample(name, dist.Delta(value, log_density=volume, event_dim=event_dim))
         return result
 
 

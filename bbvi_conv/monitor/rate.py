@@ -14,7 +14,7 @@ import numpy as np
 from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
 from bbvi_conv.monitor.power_law import exponent
 from bbvi_conv.monitor.series import WINDOW_DECADES, Array, Series, step_range, window_start
-from bbvi_conv.monitor.strata import collapsed_variance, running_means
+from bbvi_conv.monitor.strata import running_means, sampling_variance
 from bbvi_conv.monitor.trend import Plateau, plateau
 
 
@@ -88,8 +88,8 @@ def envelope_slope(series: Series, level: float = 0.95) -> Estimate:
 
     *Interval.* The :math:`M_n` share their draws, so residuals say nothing. To first order the slope is linear in the
     draws, :math:`\delta = \sum_k c_k\, \delta U_k`, :math:`c_k = \sum_{n \ge k} a_n L_k / (N_n M_n)` with a the
-    regression's weights, and its variance is that of collapsed strata. It is the interval of this trajectory's slope,
-    for the choice of steps and the noise of U.
+    regression's weights, and its variance is :func:`~bbvi_conv.monitor.strata.sampling_variance`. It is the interval
+    of this trajectory's slope, for the choice of steps and the noise of U.
 
     Returns:
         An estimate, unavailable where the run does not span 1.5 decades or a running mean in them is not positive.
@@ -112,6 +112,6 @@ def envelope_slope(series: Series, level: float = 0.95) -> Estimate:
     influence = np.zeros(len(means))
     influence[first:] = weights / (stops[first:] * means[first:])
     coefficients = series.lengths * np.cumsum(influence[::-1])[::-1]
-    variance, freedom = collapsed_variance(series.values, coefficients)
+    variance, freedom = sampling_variance(series, coefficients)
     half = student_quantile(level, freedom) * math.sqrt(variance)
     return Estimate(slope, slope - half, slope + half)

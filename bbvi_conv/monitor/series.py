@@ -57,7 +57,7 @@ def window_start(series: Series, decades: float) -> int | str:
     first = int(np.searchsorted(stops, earliest))
     inside = len(stops) - first
     if inside < MIN_LOOKS:
-        return f"needs {MIN_LOOKS} looks in the last {decades:g} decades of steps, got {inside}: look more often"
+        return f"needs {MIN_LOOKS} looks in the last {decades:g} decades of steps, got {inside}: run more steps"
     return first
 
 

@@ -190,7 +190,7 @@ def summary(state: MonitorState, *, steps: int | None = None, level: float = 0.9
     runs = {name: series(state, name, steps=steps) for name in FIGURES}
     whole = runs["total"]
     covered = 0 if whole is None else int(whole.lengths.sum())
-    means = {name: _no_figure(state, name) if run is None else _mean(run, level) for name, run in runs.items()}
+    means = {name: _no_figure(state, name) if run is None else running_mean(run, level) for name, run in runs.items()}
     latest = {name: _latest(state, name) for name in FIGURES}
     nothing = Series(*(np.empty(0) for _ in Series._fields))
     return Summary(
@@ -238,10 +238,6 @@ def _array(values: Iterable[float]) -> Array:
     return np.array(list(values), dtype=np.float64)
 
 
-def _mean(run: Series, level: float) -> Estimate:
-    return running_mean(run.lengths, run.values, level)
-
-
 def _no_figure(state: MonitorState, name: str) -> Estimate:
     if not state.looks:
         return unavailable("no look has been taken yet: run more steps")
@@ -261,7 +257,7 @@ def _row(state: MonitorState, level: float) -> list[float | int | None]:
     for figure in FIGURES:
         norm, run = entry.norm(figure), series(state, figure)
         row += [None if norm is None else getattr(norm, field) for field in _NORM_COLUMNS.values()]
-        row += [None, None, None] if run is None else list(_mean(run, level)[:3])
+        row += [None, None, None] if run is None else list(running_mean(run, level)[:3])
     return row
 
 
@@ -271,7 +267,10 @@ def _parse(cells: Mapping[str, str | float | int | None]) -> Look:
         return None if cell is None or cell == "" else float(cell)
 
     def whole(name: str) -> int:
-        return int(cells[name] or "")
+        cell = cells[name]
+        if cell is None:
+            raise ValueError(f"{name} is empty")
+        return int(cell)
 
     def norm(figure: str) -> SquaredNorm | None:
         fields = {field: number(name.format(figure)) for name, field in _NORM_COLUMNS.items()}

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
-from bbvi_conv.monitor.series import Array
+from bbvi_conv.monitor.series import Array, Series
 
+_MIN_STRATA = 4
 _STREAM = 0x57AA7A  # keeps the choice of steps apart from every other use of the seed
 
 
@@ -21,20 +22,23 @@ _STREAM = 0x57AA7A  # keeps the choice of steps apart from every other use of th
 class Strata:
     """Strata of steps that grow with the run, and the step looked at in each; a pure function of seed and index.
 
-    Stratum 0 starts at step 0; a stratum that starts at s holds ``max(min_length, floor(growth * s))`` steps, so looks
-    are first evenly spaced and then evenly spaced in log n: about ``2.3 / growth`` of them a decade.
+    A stratum that starts at step s holds ``max(floor(growth * s), min(1 + floor(s / 2), min_length))`` steps. The first
+    holds step 0 alone and the next grow fast: a run begins with a steep fall that often makes most of the mean, and one
+    draw from a long first stratum would miss it without a trace. Then looks are evenly spaced, and at last evenly
+    spaced in log n, about ``2.3 / growth`` of them a decade.
 
     Args:
-        min_length: steps in the first strata.
-        growth: length of the later strata as a share of their start.
+        min_length: longest of the first strata, in steps.
+        growth: length of the later strata as a share of their start. Half of it doubles the looks, and with them
+            what the plateau test can tell.
     Raises:
         ValueError: if ``min_length`` is below 1 or ``growth`` is negative or not finite.
     Example:
         >>> Strata(min_length=10, growth=0.5).bounds(3)
-        (30, 45)
+        (4, 7)
     """
 
-    min_length: int = 50
+    min_length: int = 20
     growth: float = 0.05
 
     def __post_init__(self) -> None:
@@ -69,7 +73,7 @@ class Strata:
         return int(np.random.default_rng(keyed).integers(start, stop))
 
     def _length(self, start: int) -> int:
-        return max(self.min_length, math.floor(self.growth * start))
+        return max(math.floor(self.growth * start), min(1 + start // 2, self.min_length))
 
 
 def running_means(lengths: Array, values: Array) -> Array:
@@ -115,21 +119,41 @@ def collapsed_variance(values: Array, coefficients: Array) -> tuple[float, float
     return total, max(1.0, 1.0 / float((shares**2 / (freedom + 2)).sum()) - 2.0)
 
 
-def running_mean(lengths: Array, values: Array, level: float = 0.95) -> Estimate:
-    r""":math:`E\|\nabla L(x_R)\|^2` of this run, R uniform on all steps of the strata given, with its interval.
+def sampling_variance(series: Series, coefficients: Array) -> tuple[float, float]:
+    r"""Variance of :math:`\sum_k a_k U_k` given the trajectory, and its degrees of freedom.
 
-    The value is unbiased and may be negative; the ends are cut at 0, the upper one not below the half width.
-    A run whose first strata are far above the rest has a wide interval: its mean is made by one or two draws.
+    A stratum of one step leaves no choice of the step, so only the known noise of U counts; the others are collapsed.
+    Without this the steep fall over the first steps, which are looked at one by one, would be taken for sampling error.
 
     Args:
-        lengths: steps in each stratum, ``(S,)``.
-        values: U of each stratum, ``(S,)``.
-        level: coverage of the interval.
+        series: the looks.
+        coefficients: a, ``(S,)``.
     """
-    if len(values) < 2:
-        return unavailable(f"needs looks in at least 2 strata, got {len(values)}: run more steps")
-    coefficients = lengths / lengths.sum()
-    variance, freedom = collapsed_variance(values, coefficients)
-    value = float((coefficients * values).sum())
+    single = series.lengths <= 1.0
+    noise = series.slopes * np.maximum(series.values, 0.0) + series.floors
+    known = float((coefficients[single] ** 2 * noise[single]).sum())
+    if np.count_nonzero(~single) < 2:
+        spread = ~single  # too few to collapse: their noise is all that can be told
+        return known + float((coefficients[spread] ** 2 * noise[spread]).sum()), math.inf
+    collapsed, freedom = collapsed_variance(series.values[~single], coefficients[~single])
+    total = known + collapsed
+    return total, math.inf if collapsed == 0.0 else freedom * (total / collapsed) ** 2
+
+
+def running_mean(series: Series, level: float = 0.95) -> Estimate:
+    r""":math:`E\|\nabla L(x_R)\|^2` of this run, R uniform on all steps of the strata given, with its interval.
+
+    The value is unbiased and may be negative; the ends are cut at 0, the upper one not below the half width. A fall by
+    a large factor inside one stratum is seen only through the draws that happened to meet it: that is why the first
+    ones are short.
+
+    Returns:
+        An estimate, unavailable before there are 4 looks.
+    """
+    if len(series.values) < _MIN_STRATA:
+        return unavailable(f"needs looks in at least {_MIN_STRATA} strata, got {len(series.values)}: run more steps")
+    coefficients = series.lengths / series.lengths.sum()
+    variance, freedom = sampling_variance(series, coefficients)
+    value = float((coefficients * series.values).sum())
     half = student_quantile(level, freedom) * math.sqrt(variance)
     return Estimate(value, max(value - half, 0.0), max(value + half, half))

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
 from bbvi_conv.monitor.power_law import Fit, fit_power_law
-from bbvi_conv.monitor.series import Array, Series, step_range, window_start
+from bbvi_conv.monitor.series import WINDOW_DECADES, Array, Series, step_range, window_start
 
 Trend = Literal["plateau", "decaying", "rising", "undecided"]
 
@@ -37,15 +37,15 @@ def plateau(series: Series, level: float = 0.95, threshold: float = PLATEAU_EXPO
     r"""Has the gradient norm stopped falling above zero?
 
     Over a window: ``decaying`` if the exponent's interval lies below 0; ``rising`` if above ``-threshold``; ``plateau``
-    if it reaches 0, *excludes every decay faster than* ``threshold``, and the mean of U there is significantly
+    if it reaches up to 0, *excludes every decay faster than* ``threshold``, and the mean of U there is significantly
     above 0; else ``undecided``. Not seeing a slope is thus never taken for a plateau: the window must be long enough to
     have seen one. The default threshold is half the exponent -1/2 which the step sizes :math:`C n^{-1/2}` give.
 
-    The last decade of steps is tried first. Where it cannot decide, the window grows by half a decade at a time, as
-    long as the longer window still follows the same power law as the last decade: with Hausman's test, since the
-    longer fit is the efficient one,
-    :math:`\operatorname{Var}(b_{short} - b_{long}) = \operatorname{Var} b_{short} - \operatorname{Var} b_{long}`. A
-    transient of long ago therefore cannot make a run that has stalled look as if it were still falling.
+    The last decade of steps is tried first, then the last 1.5. Where neither decides, the window grows by half a decade
+    at a time, now only to tell a plateau (what happened earlier does not show that the run still falls), and only as
+    long as the longer window follows the same power law as the last decade, by Hausman's test: since the longer fit is
+    the efficient one, :math:`\operatorname{Var}(b_1 - b_2) = \operatorname{Var} b_1 - \operatorname{Var} b_2`. A
+    transient of long ago can therefore not make a run that has stalled look as if it were still falling.
 
     Args:
         threshold: slowest decay that counts as one, negative.
@@ -71,7 +71,9 @@ def plateau(series: Series, level: float = 0.95, threshold: float = PLATEAU_EXPO
         longer = fit_power_law(series.since(first), level)
         if isinstance(longer, str) or not _agree(recent, longer, level):
             break
-        outcome = _trend(series.since(first), longer, level, threshold)
+        wider = _trend(series.since(first), longer, level, threshold)
+        if wider.trend == "plateau" or decades <= WINDOW_DECADES:
+            outcome = wider
     return outcome
 
 
@@ -94,8 +96,14 @@ def _trend(window: Series, fit: Fit | str, level: float, threshold: float) -> Pl
     if low > -threshold:
         return Plateau("rising", slope, mean, steps, f"{told}: the gradient norm grows")
     if low > threshold and (mean.low or 0.0) > 0.0:
-        return Plateau("plateau", slope, mean, steps, f"{told}: flat and above zero")
-    return Plateau("undecided", slope, mean, steps, f"{told}: too wide to tell a plateau from a decay, run more steps")
+        return Plateau("plateau", slope, mean, steps, f"{told}: it falls no more and is above zero")
+    return Plateau(
+        "undecided",
+        slope,
+        mean,
+        steps,
+        f"{told}: too wide to tell a plateau from a decay, run more steps or raise num_gradients",
+    )
 
 
 def _mean(values: Array, level: float) -> Estimate:

@@ -62,7 +62,7 @@ class ELBO(StockLoss):
         """Whether the density has its own copy of phi."""
         return self.estimator == "sticking-the-landing"
 
-    def loss(
+    def surrogate(
         self,
         particles: Particles,
         theta: dict[str, Tensor],
@@ -90,6 +90,10 @@ class ELBO(StockLoss):
     def quietest(self) -> ELBO:
         """Sticking the landing: same expectation, no variance where q is the posterior."""
         return replace(self, estimator="sticking-the-landing")
+
+    def single(self) -> ELBO:
+        """One draw instead of M: the same gradient in expectation, for when many evaluations are averaged anyway."""
+        return replace(self, num_particles=1)
 
     def plain(self) -> ELBO:
         """One pathwise draw."""

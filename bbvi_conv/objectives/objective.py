@@ -28,7 +28,7 @@ class Objective(Protocol):
         """Whether the density needs its own copy of the variational parameters."""
         ...
 
-    def loss(
+    def surrogate(
         self,
         particles: Particles,
         theta: dict[str, Tensor],
@@ -39,11 +39,15 @@ class Objective(Protocol):
         scale: float,
         score: bool,
     ) -> Tensor:
-        """Scalar negative bound, in nats summed over the data; its gradient is the estimator's."""
+        """Scalar negative bound, in nats summed over the data; its value is the bound's, its gradient the estimator's."""
         ...
 
     def quietest(self) -> Objective:
         """The same gradient in expectation, by the valid estimator with the least noise."""
+        ...
+
+    def single(self) -> Objective:
+        """The same expectation at the least cost per evaluation, for when many are averaged anyway."""
         ...
 
     def plain(self) -> Objective:

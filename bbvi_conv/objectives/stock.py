@@ -24,7 +24,9 @@ class StockLoss(PyroELBO):  # type: ignore[misc]
     draws: Any
     from_terms: Callable[..., Tensor]
 
-    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kw: Any) -> Tensor:
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kw: Any
+    ) -> Tensor:
         """Scalar negative bound, in nats; its gradient with respect to the store's parameters is the estimator's."""
         rows, score = [], False
         for _ in range(self.draws):

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
@@ -58,6 +59,7 @@ def build(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    loop: bool = False,
 ) -> Program:
     """Make the program of a model and a guide (or of the guide that ``family`` makes).
 
@@ -71,6 +73,8 @@ def build(
         dtype: float type; None: float64 for global latents under 1,000 dimensions on the CPU, else float32.
         device: where parameters, noise and data live.
         seed: for the random start of lazy parameters; torch's own generator is left as found.
+        loop: for a training loop of the user's own: parameters are those in Pyro's store as it stands, every tensor
+            argument may change from run to run, and the model may subsample by itself.
 
     Raises:
         ValueError: one sentence that names the site, argument or plate and the way out.
@@ -84,13 +88,13 @@ def build(
     attempts = [dtype] if dtype is not None else [torch.float64, torch.float32] if small else [torch.float32]
     for attempt in attempts:
         try:
-            program = _build(model, guide, args, kwargs, family, minibatch, attempt, device, seed)
+            program = _build(model, guide, args, kwargs, family, minibatch, attempt, device, seed, loop)
         except RuntimeError as error:
             if attempt is attempts[-1] or "dtype" not in str(error):
                 raise
             continue
         if dtype is None and attempt is torch.float64 and not _is_small(program):
-            program = _build(model, guide, args, kwargs, family, minibatch, torch.float32, device, seed)
+            program = _build(model, guide, args, kwargs, family, minibatch, torch.float32, device, seed, loop)
         return program
     raise AssertionError("unreachable")
 
@@ -115,6 +119,7 @@ def _build(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
+    loop: bool,
 ) -> Program:
     args = tuple(_cast(a, dtype, device) for a in args)
     kwargs = {k: _cast(v, dtype, device) for k, v in kwargs.items()}
@@ -123,13 +128,16 @@ def _build(
         with torch.random.fork_rng(devices=[]), quiet_pyro(None, dtype):
             torch.manual_seed(seed)
             made = guide if guide is not None else family(model)  # type: ignore[misc]
-        return _eager_pass(model, made, args, kwargs, minibatch, rows, dtype, seed)
+        store = pyro.get_param_store().get_state() if loop else {"params": {}, "constraints": {}}
+        return _eager_pass(model, made, args, kwargs, minibatch, rows, dtype, seed, store)
 
     batched: tuple[int, ...] = ()
     total, by_index = 1, False
     batch = Batch()
     if minibatch is None:
         eager = attempt(args)
+        batched = tuple(i for i, a in enumerate(args) if isinstance(a, Tensor)) if loop else ()
+        batch = Batch(tuple(args[i] for i in batched))
     else:
         total = _rows(args, minibatch)
         eager, by_index = _with_minibatch(attempt, args, minibatch, total)
@@ -140,7 +148,8 @@ def _build(
             batched = tuple(i for i, a in enumerate(args) if _is_row_tensor(a, total))
             batch = Batch(tuple(args[i][rows] for i in batched))
         _check_local_latents(eager, minibatch, by_index)
-    _check_subsampling(eager, minibatch)
+    if not loop:
+        _check_subsampling(eager, minibatch)
     _warn_of_constants(eager)
     obstacles = [f"random operation {name!r} is not on the noise tape" for name in sorted(eager.tape.untaped)]
     obstacles += [f"buffer {name!r} changes as the program runs" for name in changed_buffers(eager.modules)]
@@ -193,9 +202,9 @@ def _eager_pass(
     rows: Tensor | None,
     dtype: torch.dtype,
     seed: int,
+    store: dict[str, Any],
 ) -> _Pass:
     """Run guide and model once under Pyro's validation; lazy guides are built by a run before it."""
-    store: dict[str, Any] = {"params": {}, "constraints": {}}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(seed)
@@ -226,7 +235,9 @@ def _rows(args: tuple[Any, ...], minibatch: Minibatch) -> int:
     if not lengths:
         raise ValueError("a minibatch needs a tensor among the positional arguments, whose leading dimension is N")
     if minibatch.size > lengths[0]:
-        raise ValueError(f"minibatch size {minibatch.size} exceeds the {lengths[0]} rows of the data; choose a smaller one")
+        raise ValueError(
+            f"minibatch size {minibatch.size} exceeds the {lengths[0]} rows of the data; choose a smaller one"
+        )
     return lengths[0]
 
 
@@ -297,19 +308,22 @@ def _check_local_latents(eager: _Pass, minibatch: Minibatch, by_index: bool) -> 
 
 
 def _leaves(eager: _Pass) -> list[Leaf]:
-    """Unconstrained tensors of the store, grouped by the traces that read them."""
+    """Unconstrained tensors of the store, grouped by the traces that read them; one leaf where names share a tensor."""
 
     def read(trace: Trace) -> set[str]:
         return {name for name, site in trace.nodes.items() if site["type"] == "param"}
 
     in_guide, in_model = read(eager.guide_trace), read(eager.model_trace)
     params, constraints = eager.store["params"], eager.store["constraints"]
-    leaves = []
+    names: dict[int, list[str]] = {}
     for name, tensor in params.items():
         if name in in_guide or name in in_model:
-            both = name in in_guide and name in in_model
-            group: Group = "shared" if both else "phi" if name in in_guide else "theta"
-            leaves.append(Leaf(name, tensor, constraints[name], group))
+            names.setdefault(id(tensor), []).append(name)
+    leaves = []
+    for same in names.values():
+        guided, modelled = in_guide.intersection(same), in_model.intersection(same)
+        group: Group = "shared" if guided and modelled else "phi" if guided else "theta"
+        leaves.append(Leaf(same[0], params[same[0]], constraints[same[0]], group))
     return leaves
 
 

@@ -23,13 +23,9 @@ class Noise(NamedTuple):
     normal: Tensor
     uniform: Tensor
 
-    def __getitem__(self, index: object) -> Noise:  # type: ignore[override]
-        """Slice the leading dimensions of both parts alike."""
-        return Noise(self.normal[index], self.uniform[index])  # type: ignore[index]
-
-    def reshape(self, *leading: int) -> Noise:
-        """The same noise with other leading dimensions."""
-        return Noise(*(part.reshape(*leading, part.shape[-1]) for part in self))
+    def at(self, index: int | slice) -> Noise:
+        """Index or slice the first dimension of both parts alike."""
+        return Noise(self.normal[index], self.uniform[index])
 
 
 class NoiseLayout(NamedTuple):

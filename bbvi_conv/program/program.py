@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -187,6 +188,27 @@ class Program:
 
     # ---- data ----
 
+    def with_data(self, args: tuple[Any, ...]) -> Program:
+        """The same program over other rows, for example held-out ones; gathered minibatches only.
+
+        Raises:
+            ValueError: if the program does not gather its rows from its arguments.
+        """
+        if self.minibatch is None or self.by_index:
+            raise ValueError(
+                "held-out data needs a minibatch whose rows are gathered from the arguments: "
+                "pass minibatch=Minibatch(B, plate=...) over a plate of len(x)"
+            )
+        other = copy.copy(self)
+        other.args = tuple(
+            a.to(device=self.device, dtype=self.dtype if a.is_floating_point() else a.dtype)
+            if isinstance(a, Tensor)
+            else a
+            for a in args
+        )
+        other.total = len(other.args[self.batched[0]])
+        return other
+
     def batch(self, indices: Tensor | None) -> Batch:
         """The batch of given row indices ``(..., B)``, leading dimensions kept; whole data for None."""
         if indices is None or self.minibatch is None:
@@ -252,7 +274,9 @@ class Program:
             before = tape.used
             guide = poutine.trace(poutine.replay(self.guide, trace=anew(drawn))).get_trace(*args, **self.kwargs)
             if tape.used != before:
-                raise ValueError("the guide draws noise outside its sample sites: its density at given values is unknown")
+                raise ValueError(
+                    "the guide draws noise outside its sample sites: its density at given values is unknown"
+                )
         guide.compute_log_prob()
         tape.values = self._values(theta)
         model = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(*args, **self.kwargs)
@@ -344,3 +368,16 @@ class Program:
                 return function(*args, **kwargs)
 
         return bound
+
+    def first_bad_site(self, x: Tensor, noise: Noise, batch: Batch) -> str:
+        """Which site's value or log-probability is not finite, over the draws of ``noise`` ``(M, ...)``, in words."""
+        theta, phi = self.split(x)
+        for draw in range(len(noise.normal)):
+            with torch.no_grad(), self.handlers(noise.at(draw), batch) as tape:
+                guide, model = self._traces(tape, theta, phi, phi, batch)
+            for where, trace in (("guide", guide), ("model", model)):
+                for site in random_sites(trace):
+                    for what, tensor in (("value", site["value"]), ("log-probability", site["unscaled_log_prob"])):
+                        if not bool(torch.isfinite(tensor).all()):
+                            return f"the {what} of {where} site {site['name']!r} is not finite"
+        return "every log-probability is finite, but the gradient is not"

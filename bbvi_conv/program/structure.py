@@ -100,7 +100,12 @@ def analyse(guide_trace: Trace, model_trace: Trace, dependent: set[str]) -> Stru
         in_unit = s["name"] in latent_names or s["name"] in dependent
         value = s["value"]
         return Site(
-            s["name"], plates_of(s), bool(s["is_observed"]), in_unit, int(s["fn"].event_dim), int(torch.as_tensor(value).numel())
+            s["name"],
+            plates_of(s),
+            bool(s["is_observed"]),
+            in_unit,
+            int(s["fn"].event_dim),
+            int(torch.as_tensor(value).numel()),
         )
 
     return Structure(
@@ -140,7 +145,9 @@ def check_guide(guide_trace: Trace, model_trace: Trace) -> None:
     drawn = {s["name"]: s for s in random_sites(guide_trace) if not s["is_observed"]}
     for name in latents:
         if name not in drawn:
-            raise ValueError(f"the guide has no sample site {name!r}, a latent of the model; add it to the guide or observe it")
+            raise ValueError(
+                f"the guide has no sample site {name!r}, a latent of the model; add it to the guide or observe it"
+            )
     for name, site in drawn.items():
         if name not in latents and not site["infer"].get("is_auxiliary"):
             raise ValueError(
@@ -162,7 +169,7 @@ def check_supports(model_trace: Trace) -> None:
         if event and tuple(value.shape[len(value.shape) - len(event) :]) != event:
             raise ValueError(f"{who} expects event shape {event}, got a value of shape {tuple(value.shape)}")
         try:
-            torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - len(event)])
+            torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - len(event)])  # type: ignore[no-untyped-call]
         except RuntimeError:
             raise ValueError(
                 f"{who} has batch shape {tuple(fn.batch_shape)}, got a value of shape {tuple(value.shape)}; "

@@ -172,12 +172,13 @@ def _size_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size:
 
 def _normal(tape: Tape, mean: Any, std: Any = 1.0, size: Any = None, **kwargs: Any) -> Tensor:
     if size is not None:
-        return mean + std * tape.normal(torch.Size(size), _like(kwargs))
+        shaped: Tensor = mean + std * tape.normal(torch.Size(size), _like(kwargs))
+        return shaped
     tensors = [x.detach() for x in (mean, std) if isinstance(x, Tensor)]
-    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
-    draw = tape.normal(shape, tensors[0])
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))  # type: ignore[no-untyped-call]
     mean, std = (x.detach() if isinstance(x, Tensor) else x for x in (mean, std))
-    return mean + std * draw
+    drawn: Tensor = mean + std * tape.normal(shape, tensors[0])
+    return drawn
 
 
 def _bernoulli(tape: Tape, probs: Tensor, p: float | None = None, **_: Any) -> Tensor:

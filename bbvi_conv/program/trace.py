@@ -28,8 +28,8 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(target.dtype).expand(target.shape)
 
 
-DECOMPOSITIONS = {torch.ops.aten.copy.default: _copy}
-"""Functionalised mutation leaves ``aten.copy``, which has no derivative of its own."""
+DECOMPOSITIONS = {torch.ops.aten.copy.default: _copy, torch.ops.aten.fill.Scalar: torch.full_like}
+"""``aten.copy``, left by functionalised mutation, has no derivative of its own; ``aten.fill`` has no rule under ``vmap``."""
 
 
 def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = True) -> GraphModule:

@@ -1,0 +1,85 @@
+"""Black-box variational inference on Pyro that knows whether it has converged and whether its answer can be trusted.
+
+Names are resolved when first used (PEP 562): ``import bbvi_conv`` loads neither torch nor Pyro nor ArviZ.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bbvi_conv.families import FAMILIES, FullRank, MeanField
+    from bbvi_conv.fitting import Fit, ModelSource, fit, load
+    from bbvi_conv.monitor.svi import GradientMonitor
+    from bbvi_conv.objectives import ELBO, OBJECTIVES
+    from bbvi_conv.optim import SGD, Adam, Constant, CosineDecay, ExponentialDecay, InverseSqrt
+    from bbvi_conv.program.build import build
+    from bbvi_conv.program.minibatch import Minibatch
+    from bbvi_conv.program.program import Program
+    from bbvi_conv.run import FitState, Settings
+    from bbvi_conv.verdict import Verdict
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Adam": "optim",
+    "Constant": "optim",
+    "CosineDecay": "optim",
+    "ELBO": "objectives",
+    "ExponentialDecay": "optim",
+    "FAMILIES": "families",
+    "Fit": "fitting",
+    "FitState": "run",
+    "FullRank": "families",
+    "GradientMonitor": "monitor.svi",
+    "InverseSqrt": "optim",
+    "MeanField": "families",
+    "Minibatch": "program.minibatch",
+    "ModelSource": "fitting",
+    "OBJECTIVES": "objectives",
+    "Program": "program.program",
+    "SGD": "optim",
+    "Settings": "run",
+    "Verdict": "verdict",
+    "build": "program.build",
+    "fit": "fitting",
+    "load": "fitting",
+}
+
+__all__ = [
+    "FAMILIES",
+    "OBJECTIVES",
+    "SGD",
+    "Adam",
+    "Constant",
+    "CosineDecay",
+    "ELBO",
+    "ExponentialDecay",
+    "Fit",
+    "FitState",
+    "FullRank",
+    "GradientMonitor",
+    "InverseSqrt",
+    "MeanField",
+    "Minibatch",
+    "ModelSource",
+    "Program",
+    "Settings",
+    "Verdict",
+    "build",
+    "fit",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

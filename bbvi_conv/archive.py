@@ -1,0 +1,205 @@
+"""What a run leaves in its directory, and how it is found again."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bbvi_conv.checkpoint import pack, unpack
+from bbvi_conv.monitor.state import columns, to_rows
+from bbvi_conv.run import FitState, Run, Settings
+from bbvi_conv.run_directory import RunDirectory
+from bbvi_conv.settings import decode, encode
+
+if TYPE_CHECKING:
+    from bbvi_conv.fitting import Fit, ModelSource
+
+POSTERIOR_DRAWS = 1000
+_PACKAGES = ("bbvi_conv", "torch", "pyro-ppl", "numpy", "scipy", "arviz")
+
+
+class Plan(NamedTuple):
+    """What it takes to build a run again."""
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    settings: Settings
+    source: ModelSource | None
+
+
+class Archive:
+    """The outputs of one run on top of :class:`~bbvi_conv.run_directory.RunDirectory`."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+
+    @classmethod
+    def create(cls, path: str | Path) -> Archive:
+        """A new run directory, locked for writing.
+
+        Raises:
+            ValueError: it already holds a run, or another process writes it.
+        """
+        return cls(RunDirectory.create(path))
+
+    @classmethod
+    def open(cls, path: str | Path) -> Archive:
+        """An existing run directory; the lock is taken when something is written.
+
+        Raises:
+            FileNotFoundError, ValueError: it is no run directory.
+        """
+        return cls(RunDirectory.open(path))
+
+    def close(self) -> None:
+        """Let others write."""
+        self.directory.close()
+
+    # ---- writing ----
+
+    def describe(self, run: Run, source: ModelSource | None) -> None:
+        """Write ``config.json``: settings, versions, threads, engine, data hash, model file."""
+        program, settings = run.program, run.settings
+        config = {
+            "settings": {f.name: encode(getattr(settings, f.name)) for f in dataclasses.fields(settings)},
+            "source": None if source is None else {"path": source.path, "name": source.name},
+            "data_sha256": data_hash(program.args, program.kwargs),
+            "engine": {"name": run.engine.name, "reason": run.engine.reason},
+            "dtype": str(program.dtype).removeprefix("torch."),
+            "unit": program.structure.describe(),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+        self.directory.write_config(config)
+        self.directory.append_log(f"started on the {run.engine.name} engine: {run.engine.reason}")
+
+    def checkpoint(self, state: FitState) -> None:
+        """Save the state as one unit, and the looks so far as ``monitor.csv``."""
+        self.directory.lock()
+        self.directory.save_checkpoint(*pack(state))
+        self.directory.write_text("monitor.csv", monitor_csv(state))
+
+    def conclude(self, fit: Fit) -> None:
+        """Write everything a finished run leaves; the verdict comes first, so that no export can lose it."""
+        from bbvi_conv.posterior import neutral, write_netcdf
+        from bbvi_conv.report import write_report
+
+        self.checkpoint(fit.state)
+        start = time.perf_counter()
+        self._write_verdict(fit)
+        path = self.directory.path
+        for name, export in (
+            ("posterior.nc", lambda: write_netcdf(neutral(fit, POSTERIOR_DRAWS), path / "posterior.nc")),
+            ("report.html", lambda: write_report(fit, path / "report.html")),
+        ):
+            try:
+                export()
+            except Exception as error:
+                self.directory.append_log(f"{name} was not written: {type(error).__name__}: {error}")
+                raise RuntimeError(
+                    f"the fit is safe in {path}, but {name} could not be written: {error}; mend that and call "
+                    "bbvi_conv.load(directory) to try again"
+                ) from error
+            finally:
+                fit.seconds["export"] = time.perf_counter() - start
+                self._write_verdict(fit)
+        self.directory.append_log(f"{fit.verdict.outcome} after {fit.state.step} steps")
+
+    def _write_verdict(self, fit: Fit) -> None:
+        self.directory.write_json("verdict.json", {**fit.verdict.to_json(), "seconds": dict(fit.seconds)})
+
+    # ---- reading ----
+
+    def state(self) -> FitState | None:
+        """The newest sound checkpoint, or None before the first."""
+        if not self.directory.has_checkpoint():
+            return None
+        return unpack(*self.directory.load_checkpoint())
+
+    def plan(
+        self,
+        model: Callable[..., Any] | None,
+        guide: Callable[..., Any] | None,
+        args: tuple[Any, ...] | Tensor | None,
+        kwargs: dict[str, Any] | None,
+        given: dict[str, Any],
+    ) -> Plan:
+        """Model, data and settings of the run, from its model file or from what is given.
+
+        Raises:
+            ValueError: no model to be found, other data, or a setting that a file cannot hold.
+        """
+        from bbvi_conv.fitting import ModelSource
+
+        config = self.directory.read_config()
+        try:
+            stored, source = dict(config["settings"]), config["source"]
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"{self.directory.path / 'config.json'} lacks settings or source: it is no run of ours"
+            ) from None
+        settings = {name: given[name] if name in given else decode(value, name=name) for name, value in stored.items()}
+        chosen = Settings(**settings)
+        found_args: tuple[Any, ...] = (args,) if isinstance(args, Tensor) else tuple(args or ())
+        found = None if source is None else ModelSource(source["path"], source["name"])
+        if model is None:
+            if found is None:
+                raise ValueError(
+                    f"the run in {self.directory.path} was not made from a model file: give model, guide and args"
+                )
+            from bbvi_conv.model_file import load_model
+
+            file = load_model(found.path if found.name is None else f"{found.path}:{found.name}", seed=chosen.seed)
+            model, guide, found_args, kwargs = file.model, file.guide, file.args, file.kwargs
+            if stored.get("family") is not None:
+                guide = guide if chosen.family is None else None
+        if data_hash(found_args, kwargs or {}) != config["data_sha256"]:
+            raise ValueError(f"the data are not those of the run in {self.directory.path}: give the same, or fit anew")
+        return Plan(model, guide, found_args, kwargs or {}, chosen, found)
+
+
+def monitor_csv(state: FitState) -> str:
+    """The looks as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(columns())
+    writer.writerows(["" if cell is None else cell for cell in row] for row in to_rows(state.monitor))
+    return text.getvalue()
+
+
+def data_hash(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """SHA-256 of all arguments; floats count as float32, so that the float type of the run does not matter."""
+    digest = hashlib.sha256()
+    for value in (*args, *(kwargs[name] for name in sorted(kwargs))):
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu()
+            plain = plain.to(torch.float32) if plain.is_floating_point() else plain
+            digest.update(repr(tuple(plain.shape)).encode())
+            digest.update(plain.contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found

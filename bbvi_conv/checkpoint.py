@@ -1,0 +1,62 @@
+"""A fit's state as named tensors and plain data, and back to the last bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from bbvi_conv.engine.engine import Carry
+from bbvi_conv.monitor.intervals import Estimate
+from bbvi_conv.monitor.judge import Check
+from bbvi_conv.monitor.state import columns, from_rows, to_rows
+from bbvi_conv.run import FitState
+
+VERSION = 1
+"""Layout of the checkpoint; raised when an older one can no longer be read."""
+
+_PLAIN = ("window_start", "done")
+
+
+def pack(state: FitState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and what JSON holds: floats go through ``repr`` unharmed."""
+    tensors = {f"carry.{index:03d}": tensor for index, tensor in enumerate(state.carry.flat())}
+    if state.previous is not None:
+        tensors["previous"] = state.previous
+    meta = {
+        "version": VERSION,
+        **{name: getattr(state, name) for name in _PLAIN},
+        "monitor": {"label": state.monitor.label, "columns": columns(), "rows": to_rows(state.monitor)},
+        "checks": [[check.step, *(list(estimate) for estimate in check[1:])] for check in state.checks],
+        "losses": [list(chunk) for chunk in state.losses],
+        "seconds": dict(state.seconds),
+        "done": state.done,
+        "seconds": dict(state.seconds),
+    }
+    return tensors, meta
+
+
+def unpack(tensors: dict[str, Tensor], meta: dict[str, Any]) -> FitState:
+    """The state that :func:`pack` took apart.
+
+    Raises:
+        ValueError: a layout of another version, or a part that is missing.
+    """
+    if meta.get("version") != VERSION:
+        raise ValueError(
+            f"the checkpoint has layout {meta.get('version')!r}, this version of bbvi_conv reads layout {VERSION}: "
+            "resume it with the version that config.json names, or start again in a new directory"
+        )
+    try:
+        table = meta["monitor"]
+        return FitState(
+            carry=Carry.unflatten([tensors[name] for name in sorted(tensors) if name.startswith("carry.")]),
+            previous=tensors.get("previous"),
+            monitor=from_rows(table["columns"], table["rows"], label=table["label"]),
+            checks=tuple(Check(step, *(Estimate(*estimate) for estimate in rest)) for step, *rest in meta["checks"]),
+            losses=tuple((first, count, loss) for first, count, loss in meta["losses"]),
+            seconds=meta["seconds"],
+            **{name: meta[name] for name in _PLAIN},
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the checkpoint lacks a part ({error}): start the run again in a new directory") from error

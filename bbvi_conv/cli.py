@@ -1,0 +1,287 @@
+"""The command line: parse, call the library, print, exit code. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from bbvi_conv.fitting import Fit
+    from bbvi_conv.model_file import ModelFile
+
+CONVERGED, BAD_USAGE, NOT_CONVERGED, INTERRUPTED = 0, 2, 3, 130
+
+app = typer.Typer(
+    help="Fit Pyro models by variational inference, and say whether the fit has converged and can be trusted. "
+    "Exit code 0: converged; 3: any other outcome; 2: bad usage.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bar and no verdict: the exit code says it")]
+
+
+@app.command()
+def fit(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE[:NAME]", help="a model file, or a shipped model such as eight_schools")
+    ],
+    family: Annotated[str | None, typer.Option(help="mean-field or full-rank, where the file has no guide")] = None,
+    objective: Annotated[str | None, typer.Option(help="the bound: elbo")] = None,
+    particles: Annotated[int | None, typer.Option(help="draws of the objective at a step")] = None,
+    estimator: Annotated[str | None, typer.Option(help="of the gradient: pathwise or sticking-the-landing")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimiser steps at most")] = None,
+    tol: Annotated[float | None, typer.Option(help="tolerance on the remaining gap, in nats")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of all noise, and of networks made by the file")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, eager or traced")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64")] = None,
+    minibatch: Annotated[int | None, typer.Option(help="rows a step sees")] = None,
+    plate: Annotated[str | None, typer.Option(help="the plate whose rows are subsampled")] = None,
+    step_size: Annotated[float | None, typer.Option(help="C of the optimiser's step-size rule")] = None,
+    out: Annotated[Path | None, typer.Option(help="the new run directory; by default runs/FILE")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a model file and leave verdict, posterior and report in a run directory.
+
+    The options override the file's own `fit` dict, which overrides the library's defaults.
+    """
+    with _one_sentence() as failing:
+        from bbvi_conv.model_file import load_model
+        from bbvi_conv.run_directory import RunDirectory
+
+        if seed is not None and seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {seed}")
+        found = failing.model = load_model(file, seed=seed)
+        directory = out or Path("runs") / "-".join(filter(None, (found.path.stem, found.name)))
+        if RunDirectory(directory).holds_run():
+            raise ValueError(f"{directory} already holds a run: choose another directory with --out, or resume it")
+        options = {"family": family, "max_steps": steps, "tol": tol, "engine": engine, "device": device, "dtype": dtype}
+        options |= {"objective": objective, "particles": particles, "estimator": estimator}
+        options |= {"minibatch": minibatch, "plate": plate, "step_size": step_size}
+        settings = _settings(found, {name: value for name, value in options.items() if value is not None})
+        result = _fit(found, settings, directory, quiet)
+        _finish(result, directory, quiet)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write the report of a run again, one self-contained HTML page."""
+    with _one_sentence():
+        import bbvi_conv as bc
+        from bbvi_conv.report import write_report
+
+        path = run / "report.html"
+        write_report(bc.load(run), path)
+        typer.echo(str(path))
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    steps: Annotated[int | None, typer.Option(help="steps more; by default up to those first asked for")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Take up a run where it stands: one that was killed ends in the same bits as one that was not."""
+    with _one_sentence():
+        import bbvi_conv as bc
+
+        _finish(bc.load(run).resume(steps, progress=not quiet), run, quiet)
+
+
+@app.command()
+def rerun(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="the new run directory")],
+    quiet: Quiet = False,
+) -> None:
+    """Make a run again from its settings and say whether the numbers are the same (exit code 3 if not)."""
+    with _one_sentence() as failing:
+        import bbvi_conv as bc
+        from bbvi_conv.model_file import load_model
+        from bbvi_conv.run_directory import RunDirectory
+
+        if RunDirectory(out).holds_run():
+            raise ValueError(f"{out} already holds a run: choose another directory with --out")
+        first = bc.load(run)
+        if first.source is None:
+            raise ValueError(f"the model of {run} came from no file: make the run again with bbvi_conv.fit")
+        spec = ":".join(filter(None, first.source))
+        found = failing.model = load_model(spec, seed=first.settings.seed)
+        settings = {field.name: getattr(first.settings, field.name) for field in dataclasses.fields(first.settings)}
+        if found.guide is not None:
+            del settings["family"]
+        again = _fit(found, settings, out, quiet)
+        different = differences(first, again)
+        _finish(
+            again, out, quiet, note=f"not the same numbers: {', '.join(different)}" if different else "the same numbers"
+        )
+        if different:
+            raise typer.Exit(NOT_CONVERGED)
+
+
+@app.command()
+def models() -> None:
+    """List the shipped models."""
+    from bbvi_conv.model_file import shipped
+
+    listed = shipped()
+    width = max(len(name) for name, _ in listed)
+    for name, line in listed:
+        typer.echo(f"{name:<{width}}  {line}")
+
+
+def differences(first: Fit, again: Fit) -> list[str]:
+    """Names of what differs between two fits, to the last bit; times do not count."""
+    import torch
+
+    found = [] if torch.equal(first.x, again.x) else ["parameters"]
+    one, other = first.verdict.to_json(), again.verdict.to_json()
+    return found + [name for name in one if name != "seconds" and repr(one[name]) != repr(other.get(name))]
+
+
+def _fit(found: ModelFile, settings: Mapping[str, Any], out: Path, quiet: bool) -> Fit:
+    import bbvi_conv as bc
+
+    return bc.fit(
+        found.model,
+        found.guide,
+        found.args,
+        found.kwargs,
+        out=out,
+        progress=not quiet,
+        source=bc.ModelSource(str(found.path), found.name),
+        **settings,
+    )
+
+
+def _finish(result: Fit, directory: Path, quiet: bool, note: str = "") -> None:
+    """Show the verdict and leave with its exit code."""
+    if not quiet:
+        typer.echo(str(result.verdict))
+        typer.echo(f"report: {directory / 'report.html'}")
+    if note:
+        typer.echo(note)
+    if not result.verdict.converged:
+        raise typer.Exit(NOT_CONVERGED)
+
+
+def _settings(found: ModelFile, options: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of ``bbvi_conv.fit``: the options given, over the file's own."""
+    import torch
+
+    from bbvi_conv.families import FAMILIES
+    from bbvi_conv.objectives import ELBO, OBJECTIVES
+    from bbvi_conv.optim import Adam
+    from bbvi_conv.run import Settings
+
+    names = [field.name for field in dataclasses.fields(Settings)]
+    for name in found.defaults:
+        if name not in names:
+            raise ValueError(
+                f"{found.path}: its fit dict holds the unknown setting {name!r}; choose from {', '.join(names)}"
+            )
+    settings = {**found.defaults, "seed": found.seed}
+    settings |= {name: options[name] for name in ("max_steps", "tol", "engine", "device") if name in options}
+    if "dtype" in options:
+        settings["dtype"] = _pick("dtype", options["dtype"], {"float32": torch.float32, "float64": torch.float64})
+    if "family" in options:
+        if found.guide is not None:
+            raise ValueError(f"{found.path} has a guide of its own, so --family does not apply: leave it out")
+        settings["family"] = _pick("family", options["family"], FAMILIES)()
+    details = {"particles": "num_particles", "estimator": "estimator"}
+    details = {option: name for option, name in details.items() if option in options}
+    if "objective" in options or details:
+        base = settings.get("objective", ELBO())
+        if "objective" in options:
+            base = _pick("objective", options["objective"], OBJECTIVES)()
+        settings["objective"] = _replaced(base, {name: options[option] for option, name in details.items()}, details)
+    if "step_size" in options:
+        optimiser = settings.get("optimiser", Adam())
+        rule = _replaced(optimiser.step_size, {"size": options["step_size"]}, {"step-size": "size"})
+        settings["optimiser"] = dataclasses.replace(optimiser, step_size=rule)
+    if "minibatch" in options or "plate" in options:
+        settings["minibatch"] = _minibatch(settings.get("minibatch"), options)
+    return settings
+
+
+def _pick(option: str, name: str, choices: Mapping[str, Any]) -> Any:
+    if name not in choices:
+        raise ValueError(f"unknown {option} {name!r}; choose one of {', '.join(choices)}")
+    return choices[name]
+
+
+def _replaced(value: Any, changes: Mapping[str, Any], options: Mapping[str, str]) -> Any:
+    """The dataclass with some fields changed; a field it lacks is an option that does not apply."""
+    has = {field.name for field in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else set()
+    for option, name in options.items():
+        if name not in has:
+            raise ValueError(f"--{option} does not apply to {type(value).__name__}: leave it out")
+    return dataclasses.replace(value, **changes)
+
+
+def _minibatch(base: Any, options: Mapping[str, Any]) -> Any:
+    from bbvi_conv.program.minibatch import Minibatch
+
+    changes = {
+        field: options[option] for option, field in (("minibatch", "size"), ("plate", "plate")) if option in options
+    }
+    if base is not None:
+        return dataclasses.replace(base, **changes)
+    missing = next((option for option in ("minibatch", "plate") if option not in options), None)
+    if missing is not None:
+        raise ValueError(f"--{missing} is needed too: a minibatch is --minibatch ROWS --plate NAME")
+    return Minibatch(**changes)
+
+
+class _Failing:
+    """Whose code runs: an error that came through this model file is told with its line."""
+
+    model: ModelFile | None = None
+
+
+@contextmanager
+def _one_sentence() -> Iterator[_Failing]:
+    """Bad input becomes one sentence on stderr and exit code 2; a mistake of this library keeps its traceback."""
+    failing = _Failing()
+    try:
+        yield failing
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        message = _sentence(error, failing.model)
+        if message is None:
+            raise
+        print(f"bbvi-conv: {message}", file=sys.stderr)
+        raise typer.Exit(BAD_USAGE) from error
+
+
+def _sentence(error: Exception, model: ModelFile | None) -> str | None:
+    """What to tell the user; None for an error that is ours."""
+    from bbvi_conv.model_file import line_of
+
+    said = " ".join(str(error).split("Trace Shapes:")[0].split())
+    line = None if model is None else line_of(error, model.path)
+    if model is not None and line is not None:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return f"{model.path}, line {line}: {kind}{said}"
+    if isinstance(error, ValueError | OSError):
+        return said
+    if isinstance(error, RuntimeError) and model is not None:
+        return f"{model.path}: {said}"
+    return None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,360 @@
+"""``fit``: a model in, a :class:`Fit` with a verdict out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bbvi_conv.families import MeanField
+from bbvi_conv.monitor.intervals import Estimate, unavailable
+from bbvi_conv.program.buffers import CalledModule, own_buffers, restore_buffers
+from bbvi_conv.program.build import build
+from bbvi_conv.program.program import Params, Program
+from bbvi_conv.progress import Progress
+from bbvi_conv.run import FitState, OnLook, Run, Settings, figures, returned
+from bbvi_conv.verdict import Evidence, Verdict, decide
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from bbvi_conv.archive import Archive
+
+
+class ModelSource(NamedTuple):
+    """Where a model came from, so that a run directory can find it again: a file and a name in it."""
+
+    path: str
+    name: str | None = None
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None = None,
+    args: tuple[Any, ...] | Tensor = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    init: Fit | None = None,
+    held_out: tuple[Any, ...] | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+    on_look: OnLook | None = None,
+    source: ModelSource | None = None,
+    **settings: Any,
+) -> Fit:
+    r"""Fit a Pyro model by variational inference and say whether the answer can be trusted.
+
+    Minimises the negative bound over the parameters of model and guide, looks at one random iterate per stratum of
+    steps, checks the returned parameters whenever a window of steps is complete (windows double), and stops when the
+    remaining gap :math:`\tfrac12 g^\top H^{-1} g` is under ``tol`` nats and the paired improvement does not contradict.
+
+    Args:
+        model: a Pyro model, called as ``model(*args, **kwargs)``.
+        guide: a Pyro guide; None: ``family(model)``.
+        args: positional arguments; with a minibatch, tensors with N rows are gathered.
+        kwargs: keyword arguments.
+        init: an earlier fit whose parameters of the same name and shape are the start.
+        held_out: positional arguments over held-out rows, on which bound and paired improvement are then judged.
+        out: a new run directory: checkpoints at every look, then verdict, posterior and report.
+        progress: show a progress bar on a terminal.
+        on_look: called with the :class:`~bbvi_conv.run.FitState` after every look and check.
+        source: the file the model came from, for the run directory.
+        **settings: fields of :class:`~bbvi_conv.run.Settings`: ``family``, ``objective``, ``optimiser``, ``minibatch``,
+            ``max_steps``, ``tol``, ``seed``, ``engine``, ``dtype``, ...
+
+    Returns:
+        The fit; "not converged" is a verdict, not an exception.
+
+    Raises:
+        ValueError: bad input, in one sentence that names the site, argument or option and the way out.
+        TypeError: an unknown setting.
+    """
+    unknown = sorted(set(settings) - {f.name for f in dataclasses.fields(Settings)})
+    if unknown:
+        raise TypeError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(_SETTINGS)}")
+    if guide is not None and "family" in settings and settings["family"] is not None:
+        raise ValueError("give a guide or a family, not both: the family would make another guide")
+    chosen = Settings(**{k: v for k, v in settings.items() if k != "family" or v is not None})
+    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    program = build(
+        model,
+        guide,
+        args,
+        kwargs,
+        family=None if guide is not None else chosen.family,
+        minibatch=chosen.minibatch,
+        dtype=chosen.dtype,
+        device=_device(chosen.device),
+        seed=chosen.seed,
+    )
+    archive = None
+    if out is not None:
+        from bbvi_conv.archive import Archive
+
+        archive = Archive.create(out)
+    run = Run(program, chosen, None if held_out is None else program.with_data(held_out))
+    if archive is not None:
+        archive.describe(run, source)
+    state = run.start(_start(program, init))
+    return _drive(run, state, chosen.max_steps, archive, source, progress, on_look)
+
+
+_SETTINGS = [f.name for f in dataclasses.fields(Settings)]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError('device "cuda" was asked for, but torch sees no CUDA device; use device="cpu"')
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'unknown device {name!r}; use "auto", "cpu" or "cuda"') from None
+
+
+def _start(program: Program, init: Fit | None) -> Tensor:
+    """Initial parameters: the program's own, replaced by those of an earlier fit where name and shape agree."""
+    x = program.initial()
+    if init is None:
+        return x
+    earlier = {name: value for group in init.params.values() for name, value in group.items()}
+    parts, taken = [], 0
+    for leaf, part in zip(program.leaves, torch.split(x, program.sizes), strict=True):
+        value = earlier.get(leaf.name)
+        fits = value is not None and value.shape == leaf.tensor.shape
+        taken += fits
+        parts.append(value.reshape(-1).to(x) if fits and value is not None else part)
+    if taken == 0:
+        raise ValueError(
+            f"init has no parameter that fits: it holds {sorted(earlier)}, this fit {[leaf.name for leaf in program.leaves]}"
+        )
+    return torch.cat(parts)
+
+
+def _drive(
+    run: Run,
+    state: FitState,
+    max_steps: int,
+    archive: Archive | None,
+    source: ModelSource | None,
+    progress: bool,
+    on_look: OnLook | None,
+) -> Fit:
+    """Advance to the end, or to Ctrl-C, keeping the run directory up to date; then conclude."""
+    latest, interrupted = state, False
+    before = [CalledModule(m, own_buffers(m)) for m in run.program.modules]
+    with Progress(run, max_steps, shown=progress) as bar:
+
+        def on_event(now: FitState, looked: bool) -> None:
+            nonlocal latest
+            latest = now
+            bar.show(now)
+            if looked:
+                if archive is not None:
+                    archive.checkpoint(now)
+                if on_look is not None:
+                    on_look(now)
+
+        try:
+            latest = run.finish(run.advance(state, max_steps, on_event))
+        except KeyboardInterrupt:
+            interrupted = True
+    x = returned(latest, run.settings)
+    if run.settings.update_modules:
+        run.program.write_back(x)
+    else:
+        restore_buffers(before)
+    result = Fit(run, latest, archive=archive, source=source, interrupted=interrupted)
+    if archive is not None:
+        archive.conclude(result)
+    return result
+
+
+class Fit:
+    """A fitted model: parameters, verdict, and what follows from them.
+
+    Attributes:
+        program: the traced model and guide.
+        settings: what was asked for.
+        state: everything the run is, as plain data.
+        x: the returned parameters, flat and unconstrained, ``(P,)``.
+        verdict: outcome, numbers, reasons.
+        interrupted: whether Ctrl-C ended the run.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        state: FitState,
+        *,
+        archive: Archive | None = None,
+        source: ModelSource | None = None,
+        interrupted: bool = False,
+    ) -> None:
+        self.run, self.state, self.archive, self.source = run, state, archive, source
+        self.interrupted = interrupted
+        self.program, self.settings = run.program, run.settings
+        self.x = returned(state, run.settings).detach().clone()
+        self.seconds: dict[str, float] = {name: 0.0 for name in ("steps", "monitor", "compile", "export")}
+        self.seconds.update(state.seconds)
+        self.verdict = self._verdict()
+
+    def __repr__(self) -> str:
+        return f"<Fit: {self.verdict.outcome} after {self.state.step} steps on the {self.engine_name} engine>"
+
+    @property
+    def engine_name(self) -> str:
+        """The engine that ran the steps."""
+        return self.run.engine.name
+
+    @property
+    def engine_reason(self) -> str:
+        """Why that engine."""
+        return self.run.engine.reason
+
+    @property
+    def params(self) -> Params:
+        """Unconstrained leaves by group: ``{"theta": {name: tensor}, "phi": ..., "shared": ...}``."""
+        return self.program.params(self.x)
+
+    @property
+    def constrained_params(self) -> dict[str, Tensor]:
+        """Parameters by name, as the model and guide see them."""
+        return self.program.constrained(self.x)
+
+    @property
+    def guide(self) -> Callable[..., Any]:
+        """The guide with the fitted values, in a parameter store of its own."""
+        return self.program.bind(self.program.guide, self.x)
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model with the fitted values, in a parameter store of its own."""
+        return self.program.bind(self.program.model, self.x)
+
+    def sample(self, num_samples: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Independent draws of every latent and deterministic site from q, each ``(num_samples, ...)``, constrained."""
+        from bbvi_conv.posterior import draw
+
+        drawn = draw(self.program, self.x, num_samples, self.settings.seed if seed is None else seed)
+        return {**drawn.latent, **drawn.deterministic}
+
+    def to_arviz(self, num_samples: int = 1000) -> Any:
+        """Posterior in ArviZ's form: ``InferenceData`` (ArviZ 0.2x) or ``DataTree`` (ArviZ 1.x)."""
+        from bbvi_conv.posterior import to_arviz
+
+        return to_arviz(self, num_samples)
+
+    def plot(self, kind: str) -> Figure:
+        """Figure of ``"gradient_norm"``, ``"bound"``, ``"gap"`` or ``"rate"``."""
+        from bbvi_conv.plots import plot
+
+        return plot(self, kind)
+
+    def resume(self, steps: int | None = None, *, progress: bool = True, on_look: OnLook | None = None) -> Fit:
+        """Go on where this fit stands: ``steps`` more, or up to ``max_steps``; the same bits as a run never stopped."""
+        state, settings = self.state, self.settings
+        if steps is not None:
+            if steps < 1:
+                raise ValueError(f"steps must be at least 1, got {steps}")
+            settings = dataclasses.replace(settings, max_steps=state.step + steps)
+            state = state._replace(done=False)
+            if state.carry.bad >= 0:
+                raise ValueError(
+                    f"this fit diverged at step {int(state.carry.bad)} and cannot go on; refit with smaller steps"
+                )
+        self.run.settings = settings
+        return _drive(self.run, state, settings.max_steps, self.archive, self.source, progress, on_look)
+
+    def save(self, directory: str | Path) -> None:
+        """Write this fit to a new run directory; :func:`bbvi_conv.load` reads it."""
+        from bbvi_conv.archive import Archive
+
+        archive = Archive.create(directory)
+        archive.describe(self.run, self.source)
+        archive.conclude(self)
+        archive.close()
+
+    def _verdict(self) -> Verdict:
+        trend, reason = self.run.trend(self.state)
+        evidence = Evidence(self.state.checks, trend, reason, self.run.failure(self.state), self.interrupted)
+        khat, threshold = self._khat(evidence)
+        verdict = decide(evidence, self.settings.tol, khat, threshold)
+        return dataclasses.replace(verdict, numbers=self._numbers(khat, threshold))
+
+    def _khat(self, evidence: Evidence) -> tuple[Estimate, float | None]:
+        if evidence.failure or not evidence.checks:
+            return unavailable("the run made no check" if not evidence.failure else "the run diverged"), None
+        from bbvi_conv.posterior import khat, khat_threshold
+
+        return khat(self), khat_threshold(self.settings.khat_draws)
+
+    def _numbers(self, khat: Estimate, threshold: float | None) -> dict[str, Any]:
+        """Everything ``verdict.json`` holds besides outcome and reasons."""
+        seen = figures(self.state)
+        missing = unavailable("no check was made: run more steps")
+        last = self.state.checks[-1] if self.state.checks else None
+        return {
+            "remaining_gap_nats": (last.gap if last else missing).to_json(),
+            "natural_gradient_norm": (last.natural if last else missing).to_json(),
+            "paired_improvement": (last.improvement if last else missing).to_json(),
+            "bound": (last.bound if last else missing).to_json(),
+            "tolerance_nats": self.settings.tol,
+            "gradient_norm_sq": {
+                **{g: seen.gradient_norm_sq[g].to_json() for g in ("theta", "phi", "total")},
+                "over": seen.label,
+                "per": "datum" if self.run.normaliser > 1 else "total",
+            },
+            "rate": seen.rate.to_json(),
+            "khat": {**khat.to_json(), "threshold": threshold},
+            "steps": self.state.step,
+            "seconds": dict(self.seconds),
+            "engine": {"name": self.engine_name, "reason": self.engine_reason},
+            "unit": self.program.structure.describe(),
+        }
+
+
+def load(
+    directory: str | Path,
+    *,
+    model: Callable[..., Any] | None = None,
+    guide: Callable[..., Any] | None = None,
+    args: tuple[Any, ...] | Tensor | None = None,
+    kwargs: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Fit:
+    """The fit in a run directory, as it stands; ``load(directory).resume()`` takes up a run that was killed.
+
+    Args:
+        directory: a run directory.
+        model, guide, args, kwargs: needed where the model did not come from a file.
+        **settings: settings that a file cannot hold (a family of your own), by name.
+
+    Raises:
+        ValueError: no run directory, a truncated checkpoint, or data that are not those of the run.
+    """
+    from bbvi_conv.archive import Archive
+
+    archive = Archive.open(directory)
+    plan = archive.plan(model, guide, args, kwargs, settings)
+    program = build(
+        plan.model,
+        plan.guide,
+        plan.args,
+        plan.kwargs,
+        family=None if plan.guide is not None else plan.settings.family or MeanField(),
+        minibatch=plan.settings.minibatch,
+        dtype=plan.settings.dtype,
+        device=_device(plan.settings.device),
+        seed=plan.settings.seed,
+    )
+    run = Run(program, plan.settings)
+    state = archive.state() or run.start(program.initial())
+    if plan.settings.update_modules:
+        program.write_back(returned(state, plan.settings))
+    return Fit(run, state, archive=archive, source=plan.source)

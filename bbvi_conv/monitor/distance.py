@@ -1,0 +1,107 @@
+r"""Distance from the nearest stationary point, in nats: two numbers from two metrics, and the paired improvement.
+
+Everything here is judged at one point, the parameters that are returned, from the J gradients g_j there and a matrix
+from draws independent of them:
+
+* :math:`\tfrac12 g^\top F^{-1} g`, F the Fisher information of q, the ``natural_gradient_norm``;
+* :math:`\tfrac12 g^\top H^{-1} g`, H the Hessian of the loss, the ``remaining_gap``.
+
+Both are U-statistics, so the noise of the gradients does not bias them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bbvi_conv.monitor.gradient_norm import squared_norm
+from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
+
+DENSE = 2000
+"""Parameters up to which the matrix is formed; beyond, at most ``PRODUCTS`` conjugate-gradient products."""
+PRODUCTS = 50
+RESIDUAL = 0.05
+"""Relative residual at which the conjugate-gradient solution is accepted."""
+
+Product = Callable[[Tensor], Tensor]
+
+
+def half_norm(gradients: Tensor, matrix: Tensor, name: str, *, level: float = 0.95) -> Estimate:
+    r"""U-statistic of :math:`\tfrac12 g^\top A^{-1} g` for a dense symmetric A, with its interval.
+
+    With :math:`A = L L^\top` it is half the squared norm of the gradients :math:`L^{-1} g_j`.
+
+    Args:
+        gradients: J independent gradients ``(J, P)``.
+        matrix: A ``(P, P)``, from draws independent of them.
+        name: what A is, for the reason when it is not positive definite.
+        level: coverage of the interval.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix.to(torch.float64))
+    if int(info) != 0 or not bool(torch.isfinite(factor).all()):
+        return unavailable(f"{name} is not positive definite here")
+    white = torch.linalg.solve_triangular(factor, gradients.to(torch.float64).T, upper=False)
+    norm = squared_norm(white.T @ white, level)
+    return Estimate(norm.value / 2, norm.low / 2, norm.high / 2)
+
+
+def half_norm_by_products(gradients: Tensor, product: Product, name: str, *, level: float = 0.95) -> Estimate:
+    r"""The same for an A known by its products: :math:`\tfrac12 \bar g_a^\top A^{-1} \bar g_b` over two halves of the draws.
+
+    One conjugate-gradient solve for the mean of each half; the halves are independent, so the product is unbiased.
+    """
+    half = len(gradients) // 2
+    first, second = gradients[:half].to(torch.float64), gradients[half : 2 * half].to(torch.float64)
+    solved = [conjugate_gradient(product, part.mean(0).to(gradients.dtype)) for part in (first, second)]
+    for answer in solved:
+        if isinstance(answer, str):
+            return unavailable(f"{name} {answer}")
+    by_first, by_second = (answer.to(torch.float64) for answer in solved if isinstance(answer, Tensor))
+    parts = 0.25 * (first @ by_second + second @ by_first)
+    value, error = float(parts.mean()), float(parts.std()) / math.sqrt(half)
+    width = student_quantile(level, half - 1) * error
+    return Estimate(value, max(value - width, 0.0), max(value + width, width))
+
+
+def conjugate_gradient(product: Product, b: Tensor) -> Tensor | str:
+    """Solve A x = b with at most ``PRODUCTS`` products, or say in words why not."""
+    x, residual = torch.zeros_like(b), b.clone()
+    direction, square = residual.clone(), residual @ residual
+    start = float(square)
+    if start == 0.0:
+        return x
+    for _ in range(PRODUCTS):
+        image = product(direction)
+        curvature = direction @ image
+        if not float(curvature) > 0.0:
+            return "is not positive definite on the directions used"
+        step = square / curvature
+        x, residual = x + step * direction, residual - step * image
+        new = residual @ residual
+        if float(new) < RESIDUAL**2 * start:
+            return x
+        direction, square = residual + (new / square) * direction, new
+    return f"was not solved to {RESIDUAL:.0%} in {PRODUCTS} products: too ill-conditioned for a gap in nats"
+
+
+def paired_improvement(before: Tensor, after: Tensor, *, level: float = 0.95) -> Estimate:
+    r"""Mean of :math:`\ell_s(\text{before}) - \ell_s(\text{after})` over common random numbers, with its paired interval.
+
+    Positive when the newer parameters have the lower loss. Losses ``(S,)``, the same noise and rows at each s.
+    """
+    difference = (before - after).to(torch.float64)
+    if not bool(torch.isfinite(difference).all()):
+        return unavailable("a loss is not finite at the parameters compared: lower the step size")
+    value = float(difference.mean())
+    width = student_quantile(level, len(difference) - 1) * float(difference.std()) / math.sqrt(len(difference))
+    return Estimate(value, value - width, value + width)
+
+
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The estimate in other units."""
+    if estimate.value is None or estimate.low is None or estimate.high is None:
+        return estimate
+    return estimate._replace(value=factor * estimate.value, low=factor * estimate.low, high=factor * estimate.high)

@@ -1,0 +1,247 @@
+"""Judge one point: gradients, curvature and paired losses of a (program, objective), evaluated and put into numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bbvi_conv.engine.calculus import Calculus
+from bbvi_conv.engine.streams import Feed, Stream
+from bbvi_conv.monitor.distance import DENSE, half_norm, half_norm_by_products, paired_improvement, scaled
+from bbvi_conv.monitor.gradient_norm import gram_matrix
+from bbvi_conv.monitor.intervals import Estimate, unavailable
+from bbvi_conv.objectives.objective import Objective
+from bbvi_conv.program.program import GROUPS, Program
+from bbvi_conv.program.trace import Untraceable
+
+FIRST_DRAWS, MOST_DRAWS = 256, 4096
+"""Gradients, or paired losses, at a check: the first number, and the most that a tight tolerance may ask for."""
+MATRIX_EVALUATIONS = 65_536
+"""Curvature products a dense matrix may cost: draws = this over the number of parameters, within 64 and 1,024."""
+LARGE = 20_000
+"""Parameters beyond which evaluations are dear: fewer draws at a check, and curvature only when it can decide."""
+
+
+class Check(NamedTuple):
+    """What a check says of the returned parameters; all numbers in total nats.
+
+    Attributes:
+        step: optimiser steps made.
+        gap: ``remaining_gap``.
+        natural: ``natural_gradient_norm``.
+        improvement: ``paired_improvement`` over the average of the last window.
+        bound: the bound, with the interval of its Monte Carlo mean.
+    """
+
+    step: int
+    gap: Estimate
+    natural: Estimate
+    improvement: Estimate
+    bound: Estimate
+
+
+def quietest(calculus: Calculus) -> tuple[Calculus, str]:
+    """The same gradient by the least noisy valid estimator; or ``calculus`` itself, and the reason why."""
+    objective = calculus.objective.quietest()
+    if objective == calculus.objective:
+        return calculus, ""
+    try:
+        quiet = _with_objective(calculus, objective)
+        quiet.gradients(calculus.program.initial(), Stream(calculus.program, 0, "monitor", objective.draws).once(0, 1))
+    except (Untraceable, NotImplementedError, KeyError, ValueError, RuntimeError) as error:
+        return calculus, f"the guide's density at a given value is not to be had ({error})"
+    return quiet, ""
+
+
+def _with_objective(calculus: Calculus, objective: Objective) -> Calculus:
+    if objective == calculus.objective:
+        return calculus
+    return Calculus(calculus.program, objective, calculus.log_weights, calculus.normaliser)
+
+
+def grams_by_group(program: Program, gradients: Tensor) -> dict[str, Tensor]:
+    """Gram matrix ``(J, J)`` of gradients ``(J, P)`` for every group that has parameters."""
+    groups = program.groups
+    return {g: gram_matrix(gradients[:, groups[g]]) for g in GROUPS if groups[g].stop > groups[g].start}
+
+
+class Judge:
+    """Evaluates looks and checks with noise of their own, by the quietest valid estimator.
+
+    Args:
+        calculus: the training loss and its traced or eager functions.
+        seed: seed of the run; streams ``monitor`` and ``evaluate`` are independent of training.
+        gradients: J, independent gradients at a look.
+        tolerance: nats, for the number of draws at a check.
+        held_out: the same program over held-out rows, for the bound and the paired improvement.
+    """
+
+    def __init__(
+        self,
+        calculus: Calculus,
+        seed: int,
+        *,
+        gradients: int = 32,
+        tolerance: float = 0.01,
+        held_out: Program | None = None,
+    ) -> None:
+        self.calculus, self.seed, self.count, self.tolerance = calculus, seed, gradients, tolerance
+        self.quiet, self.estimator_note = quietest(calculus)
+        self.cheap = _with_objective(self.quiet, self.quiet.objective.single())
+        self.plain = _with_objective(calculus, calculus.objective.plain())
+        self.compared = self.plain if held_out is None else self.plain.on(held_out)
+
+    def _feed(self, calculus: Calculus, stream: str, key: int, count: int) -> Feed:
+        return Stream(calculus.program, self.seed, stream, calculus.objective.draws).once(key, count)
+
+    # ---- looks ----
+
+    def grams(self, x: Tensor, stratum: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Gram matrix of J gradients per group of parameters, and their losses ``(J,)``."""
+        grads, losses = self.quiet.gradients(x, self._feed(self.quiet, "monitor", stratum, self.count))
+        return grams_by_group(self.calculus.program, grads), losses
+
+    # ---- checks ----
+
+    def check(self, step: int, index: int, x: Tensor, previous: Tensor | None) -> Check:
+        """Gap, natural-gradient norm, paired improvement and bound at ``x``."""
+        keys = _Keys(index)
+        losses, improvement = self._compare(x, previous, keys)
+        mean, error = float(losses.mean()), float(losses.std()) / math.sqrt(len(losses))
+        bound = scaled(Estimate(-mean, -mean - 1.96 * error, -mean + 1.96 * error), self.calculus.normaliser)
+        size = len(x)
+        if size == 0:
+            none = unavailable("there are no parameters to optimise")
+            return Check(step, none, none, improvement, bound)
+        if size > LARGE and (improvement.low is None or improvement.low > self.tolerance):
+            waits = unavailable("a program this large is only asked for it once a window no longer improves the bound")
+            return Check(step, waits, waits, improvement, bound)
+        natural, gap = self._distances(x, keys)
+        return Check(step, gap, natural, improvement, bound)
+
+    def _compare(self, x: Tensor, previous: Tensor | None, keys: _Keys) -> tuple[Tensor, Estimate]:
+        count = FIRST_DRAWS if len(x) <= LARGE else 32
+        most = MOST_DRAWS if len(x) <= LARGE else 128
+        losses, before = x.new_zeros(0), x.new_zeros(0)
+        while True:
+            feed = self._feed(self.compared, "evaluate", keys.next(), count - len(losses))
+            losses = torch.cat([losses, self.compared.losses(x, feed)])
+            if previous is None:
+                reason = "needs two windows of steps: run more steps"
+                return losses, unavailable(reason)
+            before = torch.cat([before, self.compared.losses(previous, feed)])
+            improvement = scaled(paired_improvement(before, losses), self.calculus.normaliser)
+            if count >= most or not _straddles(improvement, self.tolerance):
+                return losses, improvement
+            count = min(4 * count, most)
+
+    def _distances(self, x: Tensor, keys: _Keys) -> tuple[Estimate, Estimate]:
+        program, factor = self.calculus.program, self.calculus.normaliser
+        large = len(x) > DENSE
+        count, most = (FIRST_DRAWS, MOST_DRAWS) if not large else (self.count, self.count)
+        grads, _ = self.cheap.gradients(x, self._feed(self.cheap, "evaluate", keys.next(), count))
+        active = torch.nonzero((grads != 0).any(0)).squeeze(-1)
+        if len(active) == 0:
+            zero = Estimate(0.0, 0.0, 0.0, "every gradient is exactly zero")
+            return zero, zero
+        slices = program.groups
+        variational = active[(active >= slices["phi"].start)]
+        gap_matrix, gap_reason = self._hessian(x, active, keys, large)
+        fisher, fisher_reason = self._fisher(x, variational, keys, large)
+
+        def natural() -> Estimate:
+            if fisher is None:
+                return unavailable(fisher_reason)
+            name = "the Fisher information of q (as estimated from few draws)"
+            if isinstance(fisher, Tensor):
+                return scaled(half_norm(grads[:, variational], fisher, name), factor)
+            return scaled(half_norm_by_products(grads[:, variational], fisher, name), factor)
+
+        def gap() -> Estimate:
+            if gap_matrix is None:
+                return unavailable(gap_reason)
+            if isinstance(gap_matrix, Tensor):
+                return scaled(half_norm(grads[:, active], gap_matrix, "the Hessian of the loss (run on until the parameters are near a minimum)"), factor)
+            return scaled(half_norm_by_products(grads[:, active], gap_matrix, "the Hessian of the loss (run on until the parameters are near a minimum)"), factor)
+
+        result = gap()
+        while len(grads) < most and _straddles(result, self.tolerance):
+            more = min(4 * len(grads), most) - len(grads)
+            grads = torch.cat(
+                [grads, self.cheap.gradients(x, self._feed(self.cheap, "evaluate", keys.next(), more))[0]]
+            )
+            result = gap()
+        return natural(), result
+
+    def _matrix_feed(self, calculus: Calculus, size: int, keys: _Keys, large: bool) -> Feed:
+        draws = 16 if large else max(64, min(1024, MATRIX_EVALUATIONS // size))
+        return self._feed(calculus, "evaluate", keys.next(), draws)
+
+    def _hessian(self, x: Tensor, active: Tensor, keys: _Keys, large: bool) -> tuple[Tensor | _Product | None, str]:
+        feed = self._matrix_feed(self.plain, len(active), keys, large)
+        program = self.calculus.program
+        if program.implicit:
+            return None, "a draw has an implicit gradient (gamma, beta or Dirichlet), which has no second derivative"
+        if program.structure.score_sites:
+            return (
+                None,
+                f"site {program.structure.score_sites[0]!r} has no pathwise gradient, hence no Hessian on fixed noise",
+            )
+        try:
+            product = _Product(lambda v: self.plain.hessian_product(x, v, feed), x, active)
+            return (product if large else product.dense()), ""
+        except (Untraceable, NotImplementedError, RuntimeError) as error:
+            return None, f"the loss has no second derivative here ({error})"
+
+    def _fisher(self, x: Tensor, active: Tensor, keys: _Keys, large: bool) -> tuple[Tensor | _Product | None, str]:
+        feed = self._matrix_feed(self.cheap, max(1, len(active)), keys, large)
+        if not self.cheap.objective.split:
+            return None, self.estimator_note or "the guide's density at a given value is not to be had"
+        if len(active) == 0:
+            return None, "there are no variational parameters"
+        try:
+            product = _Product(lambda v: self.cheap.fisher_product(x, v, feed), x, active)
+            return (product if large else product.dense()), ""
+        except (Untraceable, NotImplementedError, RuntimeError) as error:
+            return None, f"log q has no second derivative here ({error})"
+
+
+class _Product:
+    """Products of a curvature matrix restricted to the active coordinates."""
+
+    def __init__(self, product: object, x: Tensor, active: Tensor) -> None:
+        self._product, self._x, self._active = product, x, active
+
+    def __call__(self, v: Tensor) -> Tensor:
+        whole = torch.zeros_like(self._x)
+        whole[self._active] = v
+        image: Tensor = self._product(whole)[self._active]  # type: ignore[operator]
+        return image
+
+    def dense(self) -> Tensor:
+        """All columns, made symmetric."""
+        unit = torch.eye(len(self._active), dtype=self._x.dtype, device=self._x.device)
+        matrix = torch.stack([self(row) for row in unit])
+        return 0.5 * (matrix + matrix.T)
+
+
+class _Keys:
+    """Keys of the evaluation stream for one check, none used twice."""
+
+    def __init__(self, index: int) -> None:
+        self._next = 64 * index
+
+    def next(self) -> int:
+        """A fresh key."""
+        self._next += 1
+        return self._next
+
+
+def _straddles(estimate: Estimate, tolerance: float) -> bool:
+    """Whether more draws could decide on which side of the tolerance the estimate lies."""
+    if estimate.low is None or estimate.high is None:
+        return False
+    return estimate.low <= tolerance <= estimate.high

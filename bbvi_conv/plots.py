@@ -1,0 +1,331 @@
+"""Figures of a fit: gradient norm, bound, gap, rate. Made with matplotlib's objects; no global state is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bbvi_conv.monitor.intervals import Estimate
+from bbvi_conv.monitor.rate import envelope, envelope_constant, rates
+from bbvi_conv.monitor.series import Array, Series
+from bbvi_conv.monitor.state import GROUPS, MonitorState, series
+from bbvi_conv.monitor.strata import running_mean, running_means
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from bbvi_conv.fitting import Fit
+
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C8C8C"
+"""Okabe and Ito (2008), told apart by colour-blind readers."""
+DPI = 150
+_TITLES = {"total": "all parameters", "theta": "generative (theta)", "phi": "variational (phi)", "shared": "shared"}
+
+
+def plot(fit: Fit, kind: str) -> Figure:
+    """A figure of a fit.
+
+    Args:
+        fit: the fit, finished or not.
+        kind: ``gradient_norm``: squared gradient norm at random iterates, its running mean and the theorem's envelope;
+            ``bound``: the bound along the run; ``gap``: the three distances of every check and the tolerance;
+            ``rate``: running mean over envelope, and the exponent of the norm itself.
+
+    Raises:
+        ValueError: if ``kind`` is unknown.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of plot {kind!r}; choose one of {', '.join(KINDS)}")
+    return KINDS[kind](fit)
+
+
+def gradient_norm(fit: Fit) -> Figure:
+    """Running mean of U with its interval, U at every look, and the envelope; theta and phi apart where both are."""
+    monitor = fit.state.monitor
+    present = [group for group in GROUPS if series(monitor, group) is not None]
+    panels = ["total", *present] if len(present) > 1 else ["total"]
+    figure, axes = _figure(len(panels))
+    for axis, name in zip(axes, panels, strict=True):
+        run = series(monitor, name)
+        if run is None:
+            _empty(axis, "no look has been taken yet: run more steps")
+            continue
+        _norm_panel(axis, monitor, name, run)
+        if len(panels) > 1:
+            axis.set_title(_TITLES[name])
+        axis.set_xlabel("optimiser step")
+    axes[0].set_ylabel(f"squared gradient norm, nats²{_per(fit, squared=True)}")
+    _legend_below(figure, axes[0])
+    figure.suptitle(f"Squared gradient norm at random iterates ({monitor.label})")
+    return figure
+
+
+def bound(fit: Fit) -> Figure:
+    """The bound over steps, whole run and its second half, with the intervals of the checks."""
+    figure, axes = _figure(2)
+    losses, per = fit.state.losses, _normaliser(fit)
+    if not losses:
+        for axis in axes:
+            _empty(axis, "no step has been made yet")
+        return figure
+    first, count, loss = (np.array(column, dtype=float) for column in zip(*losses, strict=True))
+    middle, values = first + count / 2, -loss
+    checks = [(c.step, _divided(c.bound, per)) for c in fit.state.checks if c.bound.available]
+    last = float(first[-1] + count[-1])
+    for axis, start, title in ((axes[0], 0.0, "whole run"), (axes[1], last / 2, "second half")):
+        shown = middle >= start
+        axis.plot(middle[shown], values[shown], color=BLUE, lw=0.8, label="training, mean of each chunk of steps")
+        _intervals(axis, [(s, e) for s, e in checks if s >= start], ORANGE, "o", "check, at the returned parameters")
+        axis.set_title(title)
+        axis.set_xlabel("optimiser step")
+        axis.ticklabel_format(axis="y", useOffset=False)
+    axes[0].set_xscale("log")
+    axes[0].set_ylabel(f"bound, nats{_per(fit)}")
+    _legend(axes[1])
+    figure.suptitle(f"Bound: {type(fit.settings.objective).__name__}")
+    return figure
+
+
+def gap(fit: Fit) -> Figure:
+    """Remaining gap, natural-gradient norm and paired improvement at every check, against the tolerance."""
+    figure, (axis,) = _figure(1)
+    checks = fit.state.checks
+    if not checks:
+        _empty(axis, "no check has been made yet: run more steps")
+        return figure
+    parts: list[tuple[str, Callable[[Any], Estimate], str, str]] = [
+        ("remaining gap", lambda c: c.gap, BLUE, "o"),
+        ("natural-gradient norm", lambda c: c.natural, GREEN, "s"),
+        ("paired improvement over the last window", lambda c: c.improvement, ORANGE, "^"),
+    ]
+    missing, numbers = [], [fit.settings.tol]
+    for index, (name, of, colour, marker) in enumerate(parts):
+        points = [(c.step * 1.05 ** (index - 1), of(c)) for c in checks]
+        found = [(s, e) for s, e in points if e.available]
+        _intervals(axis, found, colour, marker, name, joined=True)
+        numbers += [abs(v) for _, e in found for v in e[:3] if isinstance(v, float)]
+        absent = [c for c in checks if not of(c).available]
+        if absent:
+            steps = ", ".join(str(c.step) for c in absent)
+            missing.append(f"{name}: not available at {steps} ({of(absent[-1]).reason})")
+            for step, estimate in points:
+                if not estimate.available:
+                    axis.plot([step], [0.03], marker="x", color=colour, transform=axis.get_xaxis_transform(), ms=7)
+    tol = fit.settings.tol
+    axis.axhline(tol, color="black", ls="--", lw=1, label=f"tolerance {tol:g} nats")
+    axis.axhline(0.0, color=GREY, lw=0.6)
+    axis.set_xscale("log")
+    _step_ticks(axis, [c.step for c in checks])
+    axis.set_yscale("symlog", linthresh=tol)
+    top = 10 ** math.ceil(math.log10(2.0 * max(numbers)))
+    low = min([0.0, *(float(e.low) for c in checks for _, of, _, _ in parts if (e := of(c)).low is not None)])
+    axis.set_ylim(min(-tol, 2.0 * low), top)
+    axis.set_xlabel("optimiser step of the check")
+    axis.set_ylabel("nats, whole data (linear below the tolerance)")
+    _legend(axis)
+    figure.suptitle("Distance from the optimum at every check")
+    if missing:
+        _footnote(figure, missing)
+    return figure
+
+
+def rate(fit: Fit) -> Figure:
+    """Running mean over the theorem's envelope with its slope, and the exponent of U with the plateau test."""
+    figure, (left, right) = _figure(2)
+    run = series(fit.state.monitor)
+    if run is None:
+        for axis in (left, right):
+            _empty(axis, "no look has been taken yet: run more steps")
+        return figure
+    found = rates(run)
+    constant = envelope_constant(run)
+    if constant is None:
+        _empty(left, "the running mean is not positive: the envelope cannot be placed")
+    else:
+        _ratio_panel(left, run, constant, found.envelope_slope, found.window)
+    _points(right, run, _bounds_of(fit.state.monitor, "total"))
+    _power_law(right, run, found.exponent, found.window, BLUE, "exponent of the last 1.5 decades")
+    if found.plateau.window != found.window:
+        _power_law(
+            right, run, found.plateau.exponent, found.plateau.window, GREEN, "exponent of the plateau test's window"
+        )
+    right.set_title(f"norm itself: {found.plateau.trend}")
+    right.set_xlabel("optimiser step")
+    right.set_ylabel(f"squared gradient norm, nats²{_per(fit, squared=True)}")
+    _legend_below(figure, left, right)
+    figure.suptitle(f"How fast the squared gradient norm falls\n{_wrapped(found.plateau.reason, 110)}", fontsize=10)
+    return figure
+
+
+KINDS: dict[str, Callable[[Any], Figure]] = {"gradient_norm": gradient_norm, "bound": bound, "gap": gap, "rate": rate}
+
+
+def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2 if columns == 1 else 4.6 * columns, 4.4), dpi=DPI, layout="constrained")
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axis in axes:
+        axis.grid(True, which="major", color="#E4E4E4", lw=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _norm_panel(axis: Axes, monitor: MonitorState, name: str, run: Series) -> None:
+    _points(axis, run, _bounds_of(monitor, name))
+    means = running_means(run.lengths, run.values)
+    ends = [running_mean(Series(*(column[: k + 1] for column in run))) for k in range(len(means))]
+    positive = means > 0
+    band = np.array([[e.low if e.low is not None else np.nan, e.high if e.high is not None else np.nan] for e in ends])
+    bottom = axis.get_ylim()[0]
+    axis.plot(run.stops[positive], means[positive], color=BLUE, lw=1.8, label="running mean, 95% interval")
+    axis.fill_between(run.stops, np.maximum(band[:, 0], bottom), band[:, 1], color=BLUE, alpha=0.15, lw=0)
+    constant = envelope_constant(run)
+    if constant is not None:
+        late = run.stops[run.stops > math.e**2]
+        axis.plot(late, envelope(late, constant), color=ORANGE, ls="--", lw=1.4, label=r"envelope $C\,\log n/\sqrt{n}$")
+    top = float(np.nanmax([*means[positive], *run.values, np.nan])) if positive.any() else axis.get_ylim()[1]
+    axis.set_ylim(bottom, 5.0 * top)
+
+
+def _points(axis: Axes, run: Series, ends: Array) -> None:
+    """U at every look with its interval, on logarithmic axes; what is below zero stands at the bottom."""
+    above = run.values > 0
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    if not above.any():
+        axis.set_ylim(1e-3, 1.0)
+    else:
+        bottom = 0.3 * float(run.values[above].min())
+        axis.set_ylim(bottom, 3.0 * float(np.nanmax(ends)))
+    bottom = axis.get_ylim()[0]
+    axis.set_xlim(left=0.8)
+    steps = run.steps + 1.0
+    if above.any():
+        low = run.values[above] - np.maximum(ends[above, 0], bottom)
+        errors = np.array([np.maximum(low, 0.0), np.maximum(ends[above, 1] - run.values[above], 0.0)])
+        axis.errorbar(
+            steps[above], run.values[above], errors, fmt="o", ms=2.5, color=GREY, elinewidth=0.6, alpha=0.8, zorder=1,
+            label="U at a random step, 95% interval",
+        )  # fmt: skip
+    if (~above).any():
+        axis.vlines(steps[~above], bottom, ends[~above, 1], color=GREY, lw=0.6, alpha=0.8)
+        axis.plot(
+            steps[~above], np.full(int((~above).sum()), 1.15 * bottom), "v", ms=4, color=PINK, clip_on=False,
+            label="U below 0 (noise)",
+        )  # fmt: skip
+
+
+def _bounds_of(monitor: MonitorState, name: str) -> Array:
+    norms = [norm for look in monitor.looks if (norm := look.norm(name)) is not None]
+    return np.array([[norm.low, norm.high] for norm in norms], dtype=float)
+
+
+def _ratio_panel(axis: Axes, run: Series, constant: float, slope: Estimate, window: tuple[int, int] | None) -> None:
+    stops, means = run.stops, running_means(run.lengths, run.values)
+    usable = (stops > math.e**2) & (means > 0)
+    ratio = means[usable] / envelope(stops[usable], constant)
+    axis.plot(stops[usable], ratio, color=BLUE, lw=1.6, label="running mean / envelope")
+    axis.axhline(1.0, color=GREY, lw=0.8)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    if slope.value is not None and window is not None:
+        late = stops[usable] >= window[0]
+        n, y = stops[usable][late], ratio[late]
+        offsets = np.log(y) - slope.value * np.log(n)
+        middle = math.exp(float(np.average(offsets, weights=np.gradient(np.log(n)))))
+        label = f"slope {slope.value:.2f} [{slope.low:.2f}, {slope.high:.2f}]"
+        axis.plot(n, middle * n**slope.value, color=ORANGE, ls="--", lw=1.6, label=label)
+        axis.axvspan(n[0], n[-1], color=ORANGE, alpha=0.06, lw=0)
+    else:
+        axis.text(0.03, 0.03, _wrapped(f"no slope: {slope.reason}", 52), transform=axis.transAxes, fontsize=8)
+    axis.set_title(r"running mean over $C\,\log n/\sqrt{n}$ (claim: slope $\leq 0$)")
+    axis.set_xlabel("optimiser step")
+    axis.set_ylabel("ratio")
+
+
+def _power_law(
+    axis: Axes, run: Series, exponent: Estimate, window: tuple[int, int] | None, colour: str, name: str
+) -> None:
+    if exponent.value is None or window is None:
+        return
+    inside = (run.steps >= window[0]) & (run.steps <= window[1])
+    n = run.steps[inside] + 1.0
+    curve = n**exponent.value
+    height = float(run.values[inside].mean() / curve.mean())
+    if height > 0:
+        label = f"{name}, {exponent.value:.2f} [{exponent.low:.2f}, {exponent.high:.2f}]"
+        axis.plot(n, height * curve, color=colour, lw=1.6, ls="--", label=label)
+
+
+def _intervals(
+    axis: Axes, points: Sequence[tuple[float, Estimate]], colour: str, marker: str, label: str, *, joined: bool = False
+) -> None:
+    if not points:
+        return
+    steps = [step for step, _ in points]
+    values = np.array([e.value for _, e in points], dtype=float)
+    ends = np.array([[e.low, e.high] for _, e in points], dtype=float)
+    errors = np.maximum(np.array([values - ends[:, 0], ends[:, 1] - values]), 0.0)
+    style = f"{marker}-" if joined else marker
+    axis.errorbar(steps, values, errors, fmt=style, ms=5, lw=0.8, color=colour, capsize=2, label=label)
+
+
+def _step_ticks(axis: Axes, steps: Sequence[int]) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    axis.set_xticks(list(steps), [f"{step:,}" for step in steps])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _divided(estimate: Estimate, by: float) -> Estimate:
+    value, low, high = (None if v is None else v / by for v in estimate[:3])
+    return Estimate(value, low, high, estimate.reason)
+
+
+def _normaliser(fit: Fit) -> float:
+    program, settings = fit.program, fit.settings
+    return float(program.total) if program.minibatch and settings.normalise == "datum" else 1.0
+
+
+def _per(fit: Fit, *, squared: bool = False) -> str:
+    if _normaliser(fit) == 1.0:
+        return ""
+    return " per datum²" if squared else " per datum"
+
+
+def _legend(axis: Axes) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def _legend_below(figure: Figure, *axes: Axes) -> None:
+    """One legend for all axes, outside them."""
+    found = [pair for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
+    if found:
+        handles, labels = zip(*found, strict=True)
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+
+
+def _empty(axis: Axes, message: str) -> None:
+    axis.text(0.5, 0.5, _wrapped(message, 50), ha="center", va="center", transform=axis.transAxes)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _footnote(figure: Figure, sentences: Sequence[str]) -> None:
+    """Sentences below the axes, in room of their own."""
+    width = int(figure.get_figwidth() * 15)
+    text = "\n".join(_wrapped(sentence, width) for sentence in sentences)
+    figure.supxlabel(text, fontsize=8, x=0.01, ha="left")
+
+
+def _wrapped(text: str, width: int) -> str:
+    import textwrap
+
+    return textwrap.fill(text, width)

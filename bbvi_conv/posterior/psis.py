@@ -1,0 +1,188 @@
+r"""Can the posterior be trusted: the Pareto k-hat of the importance weights p / q.
+
+The generalised Pareto shape k fitted to the largest weights says how many moments they have. The draws serve as a
+proposal for the posterior, and q as an approximation of it, where k is under :math:`\min(1 - 1/\log_{10} S, 0.7)`.
+
+Reference: Vehtari, Simpson, Gelman, Yao and Gabry (2024), JMLR 25(72), https://arxiv.org/abs/1507.02646; Yao, Vehtari,
+Simpson and Gelman (2018), https://arxiv.org/abs/1802.02538
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bbvi_conv.monitor.intervals import Estimate, unavailable
+from bbvi_conv.posterior.draws import STREAM, Mapped, draw, local, row_step
+from bbvi_conv.posterior.export import installed
+from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.minibatch import Batch
+from bbvi_conv.program.noise import Noise, generator
+from bbvi_conv.program.program import Program
+
+if TYPE_CHECKING:
+    from bbvi_conv.fitting import Fit
+
+MIN_UNITS, MAX_UNITS = 100, 200
+MIN_DRAWS = 25
+_KEY = 1_000_003  # a block of the stream that no export reaches
+
+
+def khat_threshold(num_samples: int) -> float:
+    r"""Largest k-hat that S draws can make good for: :math:`\min(1 - 1/\log_{10} S, 0.7)`.
+
+    Example:
+        >>> round(khat_threshold(1000), 3), khat_threshold(100_000)
+        (0.667, 0.7)
+    """
+    return min(1.0 - 1.0 / math.log10(num_samples), 0.7)
+
+
+def khat(fit: Fit, num_samples: int | None = None) -> Estimate:
+    """:func:`tail_shape` at the returned parameters of a fit; ``settings.khat_draws`` draws unless told."""
+    draws = fit.settings.khat_draws if num_samples is None else num_samples
+    return tail_shape(fit.program, fit.x, num_samples=draws, seed=fit.settings.seed)
+
+
+def tail_shape(program: Program, x: Tensor, *, num_samples: int = 2000, seed: int = 0) -> Estimate:
+    r"""k-hat of the weights :math:`p(x, z) / q(z)`, z ~ q.
+
+    *One unit*: of the joint weights, with the interval of the Pareto shape's asymptotic standard deviation,
+    :math:`(1 + k)/\sqrt M` for M draws in the tail. *Several units* (a VAE's data): of each unit's own weights, for at
+    most 200 units chosen at random; the value is their median, the ends their 5% and 95% quantiles. Generative
+    parameters stay at their point estimate. Where all weights are equal to rounding, the value is 0: they are bounded.
+
+    Args:
+        program: the program.
+        x: flat parameters ``(P,)``.
+        num_samples: S.
+        seed: of the noise.
+
+    Returns:
+        An estimate, unavailable where q has no density, a weight is not finite or the rows cannot be seen together.
+    """
+    if num_samples < MIN_DRAWS:
+        return unavailable(f"k-hat needs at least {MIN_DRAWS} draws, got {num_samples}: raise khat_draws")
+    if not program.structure.latents:
+        return unavailable("the model has no latent site, so there are no weights")
+    if program.layout.normal + program.layout.uniform == 0:
+        return unavailable("the guide is a point estimate without noise: use a family with a density")
+    x = x.detach()
+    if math.prod(program.structure.unit_shape) > 1:
+        return _over_units(*_unit_weights(program, x, num_samples, seed))
+    log_w = _joint_weights(program, x, num_samples, seed)
+    if isinstance(log_w, str):
+        return unavailable(log_w)
+    weights, rounding = log_w
+    return _joint(weights, rounding)
+
+
+def pareto_shape(log_w: NDArray[np.float64]) -> float:
+    """The Pareto shape k-hat of log weights ``(S,)``, by the ArviZ that is installed."""
+    if installed("arviz_stats"):
+        from arviz_stats import base
+
+        # It takes log-likelihoods, which are the negatives of the log weights of leave-one-out.
+        _, k = base.array_stats.psislw(-log_w)  # type: ignore[attr-defined, no-untyped-call]
+    else:
+        from bbvi_conv.posterior.export import legacy_arviz
+
+        _, k = legacy_arviz().psislw(log_w)
+    return float(k)
+
+
+def _equal(log_w: NDArray[np.float64], rounding: float) -> bool:
+    return float(log_w.max() - log_w.min()) <= rounding
+
+
+def _rounding(size: Tensor, dtype: torch.dtype) -> float:
+    """What rounding alone can make of the difference of two log densities of this size."""
+    return 64.0 * torch.finfo(dtype).eps * max(1.0, float(size.abs().max()))
+
+
+def _joint(log_w: NDArray[np.float64], rounding: float) -> Estimate:
+    bad = int((np.isnan(log_w) | (log_w == np.inf)).sum())
+    if bad:
+        return unavailable(f"{bad} of {len(log_w)} importance weights are not finite: fit again from another start")
+    if _equal(log_w, rounding):
+        return Estimate(0.0, 0.0, 0.0, "all importance weights are equal to rounding: q is the posterior")
+    k = pareto_shape(log_w)
+    if not math.isfinite(k):
+        return unavailable("no Pareto tail could be fitted to the importance weights: raise khat_draws")
+    tail = math.ceil(min(len(log_w) / 5, 3 * math.sqrt(len(log_w))))
+    half = 1.96 * max(1.0 + k, 0.5) / math.sqrt(tail)
+    return Estimate(k, k - half, k + half)
+
+
+def _over_units(log_w: NDArray[np.float64], rounding: float) -> Estimate:
+    """Median and quantiles over the columns of ``(S, U)``."""
+    parts = [_joint(column, rounding) for column in log_w.T]
+    values = [part.value for part in parts if part.value is not None]
+    if not values:
+        return unavailable(parts[0].reason)
+    low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
+    return Estimate(
+        float(middle),
+        float(low),
+        float(high),
+        f"median over {len(values)} units, each with its own weights; the ends are their 5% and 95% quantiles",
+    )
+
+
+def _joint_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[NDArray[np.float64], float] | str:
+    rows, kept = None, None
+    if program.minibatch is not None and not local(program):
+        if program.total % row_step(program, x):
+            return f"the weights need all {program.total} rows: choose a minibatch size that divides them"
+        rows, kept = torch.arange(program.total), (program.minibatch.plate, 0)
+    try:
+        draws = draw(program, x, count, seed, rows, kept=kept)
+    except ValueError as error:
+        return str(error)
+    if draws.log_p is None:
+        return (
+            "the subsampled plate holds a factor, scale or mask, so the whole joint density is not known from its parts"
+        )
+    return _numpy(draws.log_p - draws.log_q), _rounding(draws.log_p, program.dtype)
+
+
+def _unit_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[NDArray[np.float64], float]:
+    """Log weights ``(S, U)`` of at most :data:`MAX_UNITS` units chosen at random."""
+    chooser = generator(seed, f"{STREAM} rows", 0)
+    per_part = math.prod(program.structure.unit_shape)
+    if program.minibatch is None:
+        parts: list[Tensor | None] = [None]
+    else:
+        needed = program.minibatch.size * math.ceil(MIN_UNITS / per_part)
+        rows = torch.randperm(program.total, generator=chooser)[:needed]
+        whole = len(rows) // program.minibatch.size * program.minibatch.size
+        parts = list(torch.split(rows[:whole], program.minibatch.size))
+    picked = torch.randperm(per_part, generator=chooser)[: math.ceil(MAX_UNITS / len(parts))].to(program.device)
+    theta, phi = program.split(x)
+    columns, sizes = [], []
+    for index, part in enumerate(parts):
+        batch = program.batch(part)
+        noise = program.layout.draw(generator(seed, STREAM, _KEY + index, program.device), count, dtype=program.dtype)
+        number = len(batch.args)
+
+        def function(normal: Tensor, uniform: Tensor, *fixed: Tensor, number: int = number) -> dict[str, Tensor]:
+            seen = Batch(fixed[:number], fixed[number] if len(fixed) > number else None)
+            terms = program.log_weights(theta, phi, phi, Noise(normal, uniform), seen)
+            return {"log_w": (terms.log_p - terms.log_q)[picked], "size": terms.log_p.abs().max()}
+
+        fixed = [*batch.args, *([batch.indices] if batch.indices is not None else [])]
+        with torch.no_grad(), buffers_kept(program.modules):
+            out = Mapped(function, list(noise), fixed, trace=not program.obstacles)(list(noise), fixed)
+        columns.append(out["log_w"])
+        sizes.append(out["size"])
+    return _numpy(torch.cat(columns, 1)[:, :MAX_UNITS]), _rounding(torch.cat(sizes), program.dtype)
+
+
+def _numpy(values: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = values.detach().cpu().double().numpy()
+    return array

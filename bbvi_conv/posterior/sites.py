@@ -1,0 +1,129 @@
+"""What the sites of a model look like from outside: their plates, their shapes, and the model run at given latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from bbvi_conv.program.minibatch import Batch
+from bbvi_conv.program.program import Program, Rows
+from bbvi_conv.program.structure import is_deterministic, is_plate
+
+Plates = tuple[tuple[str, int, int], ...]
+
+
+class Variable(NamedTuple):
+    """A site of the model.
+
+    Attributes:
+        kind: ``latent``, ``deterministic``, ``observed`` or ``factor``.
+        plates: ``(name, dim, size)``, outermost first; ``dim`` counts from the right of the batch shape.
+        event_dim: dimensions right of the batch shape.
+        shape: of its value.
+        scaled: whether ``poutine.scale`` or a mask changes its density.
+        silent: why no value can be drawn from its distribution; empty where one can.
+    """
+
+    name: str
+    kind: str
+    plates: Plates
+    event_dim: int
+    shape: tuple[int, ...]
+    scaled: bool
+    silent: str
+
+    @property
+    def numel(self) -> int:
+        """Numbers in one value."""
+        return torch.Size(self.shape).numel()
+
+    def inside(self, plate: str | None) -> bool:
+        """Whether the site lies in the plate."""
+        return any(name == plate for name, _, _ in self.plates)
+
+    def axis(self, plate: str | None) -> int | None:
+        """Dimension of the value, from the right, that runs over the plate."""
+        dims = [dim - self.event_dim for name, dim, _ in self.plates if name == plate]
+        return dims[0] if dims and len(self.shape) >= -dims[0] else None
+
+
+class Unobserved(Messenger):  # type: ignore[misc]
+    """Sample the named observed sites afresh and keep the data of all others."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and msg["is_observed"]:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+def replay(program: Program, x: Tensor, latents: Mapping[str, Tensor], batch: Batch, free: Sequence[str] = ()) -> Trace:
+    """The model's trace at flat parameters ``x`` with the latent sites given and the sites ``free`` sampled afresh."""
+    with ExitStack() as stack:
+        if batch.indices is not None and program.plate is not None:
+            stack.enter_context(Rows(program.plate, batch.indices))
+        stack.enter_context(poutine.condition(data=dict(latents)))
+        stack.enter_context(Unobserved(free))
+        return poutine.trace(program.bind(program.model, x)).get_trace(*program.positional(batch), **program.kwargs)
+
+
+def inspect_sites(
+    program: Program, x: Tensor, latents: Mapping[str, Tensor], batch: Batch
+) -> tuple[dict[str, Variable], dict[str, Tensor]]:
+    """The sites of the model and the data of the observed ones, read off one run; torch's generator stays as found."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        nodes: dict[str, Any] = dict(replay(program, x, latents, batch).nodes)
+        sampled = {name: site for name, site in nodes.items() if site["type"] == "sample" and not is_plate(site)}
+        sites = {name: _variable(program, site, name in latents) for name, site in sampled.items()}
+    return sites, {name: nodes[name]["value"].detach() for name, v in sites.items() if v.kind == "observed"}
+
+
+def _variable(program: Program, site: dict[str, Any], latent: bool) -> Variable:
+    fn, shape = site["fn"], tuple(site["value"].shape)
+    frames = sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda f: f.dim)
+    plates = tuple((f.name, f.dim, f.size) for f in frames)
+    subsampled = program.by_index and any(f.name == program.plate for f in frames)
+    scale = site["scale"] / program.scale if subsampled else site["scale"]
+    scaled = site["mask"] is not None or not isinstance(scale, float | int) or abs(scale - 1.0) > 1e-12
+    if is_deterministic(site):
+        event_dim = _event_dim(shape, int(fn.event_dim), plates)
+        return Variable(site["name"], "deterministic", plates, event_dim, shape, False, "")
+    if isinstance(_innermost(fn), Unit):
+        return Variable(site["name"], "factor", plates, 1, shape, scaled, "a factor has no distribution to draw from")
+    if latent:
+        return Variable(site["name"], "latent", plates, int(fn.event_dim), shape, scaled, "")
+    return Variable(site["name"], "observed", plates, int(fn.event_dim), shape, scaled, _silent(fn))
+
+
+def _innermost(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def _silent(fn: Any) -> str:
+    try:
+        fn.sample()
+    except NotImplementedError as error:
+        return str(error) or f"{type(fn).__name__} has no sample()"
+    return ""
+
+
+def _event_dim(shape: tuple[int, ...], declared: int, plates: Plates) -> int:
+    """Event dimensions of a deterministic value: as declared; by default, "all", as many as the plates leave."""
+    candidates = [declared] if declared < len(shape) else range(len(shape))
+    for event_dim in candidates:
+        batch = shape[: len(shape) - event_dim]
+        if plates and all(len(batch) >= -dim and batch[dim] == size for _, dim, size in plates):
+            return event_dim
+    return declared

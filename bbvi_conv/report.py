@@ -1,0 +1,224 @@
+"""One self-contained HTML page about a fit: verdict in words first, then numbers, figures, settings, versions."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bbvi_conv.plots import KINDS, plot
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from bbvi_conv.fitting import Fit
+    from bbvi_conv.program.structure import Site
+
+TEMPLATE = "report.html"
+
+CAPTIONS = {
+    "gap": (
+        "Three distances in nats at every check, judged at the parameters that are returned. A run has converged when the "
+        "whole interval of the remaining gap lies below the dashed tolerance and the paired improvement is not "
+        "significantly above it."
+    ),
+    "gradient_norm": (
+        "Squared norm of the gradient at one random step of every stratum (grey), and its running mean (blue), which is "
+        "what the theory bounds. It should fall at least as fast as the dashed envelope."
+    ),
+    "rate": (
+        "Left: the running mean over the envelope; a slope of 0 or less agrees with the theorem. Right: the norm itself, "
+        "which shows a plateau where a constant step size has reached its noise floor."
+    ),
+    "bound": "The bound along the run, and with its interval at every check. Higher is better.",
+}
+
+
+class Row(NamedTuple):
+    """A line of the table of numbers."""
+
+    name: str
+    value: str
+    interval: str
+    against: str
+    note: str
+
+
+def write_report(fit: Fit | str | Path, path: str | Path) -> None:
+    """Write the report of a fit, or of the run in a directory; the file is whole or not there.
+
+    Args:
+        fit: a fit, or a run directory.
+        path: the HTML file; an old one is replaced.
+
+    Raises:
+        ValueError: if the directory holds no run.
+    """
+    if isinstance(fit, str | Path):
+        from bbvi_conv.fitting import load
+
+        fit = load(fit)
+    path = Path(path)
+    page = render(fit)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def render(fit: Fit) -> str:
+    """The page as text: no script, and nothing that a browser would fetch."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from bbvi_conv.archive import versions
+    from bbvi_conv.verdict import OUTCOMES
+
+    verdict = fit.verdict
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    figures = [(kind, CAPTIONS[kind], _data_uri(plot(fit, kind))) for kind in CAPTIONS if kind in KINDS]
+    return environment.get_template(TEMPLATE).render(
+        title=_title(fit),
+        outcome=verdict.outcome,
+        sentence=OUTCOMES[verdict.outcome],
+        reasons=verdict.reasons,
+        rows=number_rows(verdict.numbers, fit.settings.tol),
+        checks=[_check_row(check) for check in fit.state.checks],
+        figures=figures,
+        facts=_facts(fit),
+        sites=[_site_row(site, kind) for kind, sites in _sites(fit) for site in sites],
+        settings=[(f.name, _plain(getattr(fit.settings, f.name))) for f in dataclasses.fields(fit.settings)],
+        seconds=[(name, f"{value:.2f}") for name, value in fit.seconds.items()],
+        versions=list(versions().items()),
+    )
+
+
+def number_rows(numbers: Mapping[str, Any], tolerance: float) -> list[Row]:
+    """The table of numbers, from the plain data of ``verdict.json``."""
+    rate, norms = numbers["rate"], numbers["gradient_norm_sq"]
+    limit = numbers["khat"].get("threshold")
+    unit = "per datum" if norms["per"] == "datum" else "whole data"
+    rows = [
+        _row("remaining gap, nats", numbers["remaining_gap_nats"], f"< {tolerance:g}", "½ gᵀH⁻¹g, H the Hessian"),
+        _row(
+            "paired improvement, nats", numbers["paired_improvement"], f"< {tolerance:g}", "this window over the last"
+        ),
+        _row(
+            "natural-gradient norm, nats",
+            numbers["natural_gradient_norm"],
+            "",
+            "½ gᵀF⁻¹g, F the Fisher information of q",
+        ),
+        _row("bound, nats", numbers["bound"], "", "at the returned parameters, whole data"),
+    ]
+    for group, words in (("total", "all parameters"), ("theta", "generative (theta)"), ("phi", "variational (phi)")):
+        rows.append(_row(f"squared gradient norm, {words}", norms[group], "", f"mean over {norms['over']}, {unit}"))
+    rows += [
+        _row("slope against the envelope", rate["envelope_slope"], "≤ 0", "running mean over C log n / √n"),
+        _row("exponent of the squared norm", rate["exponent"], "< 0", "over the last 1.5 decades of steps"),
+        _row("exponent in the plateau test", rate["plateau"]["exponent"], "", rate["plateau"]["reason"]),
+        _row(
+            "PSIS k-hat", numbers["khat"], "" if limit is None else f"≤ {limit:.2f}", "tail of p / q: can q be trusted"
+        ),
+    ]
+    return rows
+
+
+def _row(name: str, number: Mapping[str, Any], against: str, note: str) -> Row:
+    reason = str(number.get("reason") or "")
+    if number.get("value") is None:
+        return Row(name, "not available", "", against, reason)
+    interval = f"{_short(number['low'])} to {_short(number['high'])}"
+    return Row(
+        name, _short(number["value"]), interval, against, f"{note}; {reason}" if reason and reason != note else note
+    )
+
+
+def _short(value: float | None) -> str:
+    """Three significant digits, more where the number is large.
+
+    Example:
+        >>> _short(-31.57012), _short(0.00123456), _short(None)
+        ('-31.57', '0.00123', '–')
+    """
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def _check_row(check: Any) -> list[str]:
+    def cell(estimate: Any) -> str:
+        if estimate.value is None:
+            return f"not available: {estimate.reason}"
+        return f"{_short(estimate.value)} [{_short(estimate.low)}, {_short(estimate.high)}]"
+
+    return [f"{check.step:,}", *(cell(e) for e in (check.gap, check.improvement, check.natural, check.bound))]
+
+
+def _title(fit: Fit) -> str:
+    if fit.source is not None:
+        return f"{fit.source.path}:{fit.source.name}" if fit.source.name else str(fit.source.path)
+    model = fit.program.model
+    return str(getattr(model, "__qualname__", type(model).__name__))
+
+
+def _facts(fit: Fit) -> list[tuple[str, str]]:
+    program = fit.program
+    guide = getattr(program.guide, "__qualname__", type(program.guide).__name__)
+    sizes = {name: part.stop - part.start for name, part in program.groups.items()}
+    facts = [
+        ("unit", program.structure.describe()),
+        ("guide", str(guide)),
+        ("parameters", ", ".join(f"{size:,} {name}" for name, size in sizes.items() if size) or "none"),
+        ("noise per draw", f"{program.layout.normal:,} normals, {program.layout.uniform:,} uniforms"),
+        ("steps", f"{fit.state.step:,}"),
+        ("engine", f"{fit.engine_name}: {fit.engine_reason}"),
+        ("float type, device", f"{_plain(program.dtype)}, {program.device}"),
+    ]
+    if program.minibatch is not None:
+        facts.append(
+            ("rows", f"{program.minibatch.size:,} of {program.total:,} a step, plate {program.minibatch.plate}")
+        )
+    return facts
+
+
+def _sites(fit: Fit) -> list[tuple[str, tuple[Site, ...]]]:
+    structure = fit.program.structure
+    return [
+        ("latent", structure.latents),
+        ("observed", structure.observed),
+        ("of the guide alone", structure.auxiliary),
+    ]
+
+
+def _site_row(site: Site, kind: str) -> list[str]:
+    plates = ", ".join(f"{name} ({size:,})" for name, _, size in site.plates) or "–"
+    return [site.name, kind, plates, f"{site.size:,}"]
+
+
+def _plain(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _data_uri(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

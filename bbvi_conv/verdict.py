@@ -1,0 +1,158 @@
+"""The verdict on a run: one outcome of a closed list, the numbers it rests on, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from bbvi_conv.monitor.intervals import Estimate
+from bbvi_conv.monitor.judge import Check
+from bbvi_conv.monitor.trend import Trend
+
+Outcome = Literal["converged", "slow", "stalled", "diverged", "wrong_family", "multimodal", "undecided"]
+
+OUTCOMES: dict[Outcome, str] = {
+    "converged": "converged: the gap is below the tolerance and nothing more is to be gained",
+    "slow": "still improving: the optimiser was on its way when the steps ran out",
+    "stalled": "stalled at the noise floor: more steps of this size will not bring it closer",
+    "diverged": "diverged: a loss or gradient was not finite",
+    "wrong_family": "converged within the family, but the family does not fit the posterior",
+    "multimodal": "independent seeds disagree: there is more than one optimum",
+    "undecided": "undecided: the evidence does not settle it",
+}
+"""The closed list, each in words."""
+
+DOUBLINGS = 3
+"""Windows without improvement that decide where the remaining gap is not available."""
+
+
+class Evidence(NamedTuple):
+    """What the decision rests on.
+
+    Attributes:
+        checks: every check of the run, oldest first.
+        trend: of the plateau test on the squared gradient norm, with its sentence.
+        failure: where and why a value was not finite, else empty.
+        interrupted: whether the run was stopped by the user.
+    """
+
+    checks: Sequence[Check]
+    trend: Trend
+    trend_reason: str
+    failure: str = ""
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome, numbers and reasons; ``str()`` is what the terminal shows.
+
+    Attributes:
+        outcome: one of :data:`OUTCOMES`.
+        reasons: sentences that carry the numbers, the thresholds and what to do.
+        numbers: what ``verdict.json`` holds besides; every number is ``{value, low, high}`` or null with a reason.
+    """
+
+    outcome: Outcome
+    reasons: tuple[str, ...]
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def converged(self) -> bool:
+        """True for the outcome ``converged`` alone."""
+        return self.outcome == "converged"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a JSON file."""
+        return {"outcome": self.outcome, **self.numbers, "reasons": list(self.reasons)}
+
+    def __str__(self) -> str:
+        return "\n".join([OUTCOMES[self.outcome], *(f"  - {reason}" for reason in self.reasons)])
+
+
+def show(estimate: Estimate, unit: str = "nats") -> str:
+    """``0.0031 [0.0012, 0.0050] nats``, or why there is no number.
+
+    Example:
+        >>> show(Estimate(0.5, 0.25, 0.75))
+        '0.5 [0.25, 0.75] nats'
+    """
+    if estimate.value is None:
+        return f"not available: {estimate.reason}"
+    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}] {unit}".rstrip()
+
+
+def _significant(improvement: Estimate, tolerance: float) -> bool:
+    return improvement.low is not None and improvement.low > tolerance
+
+
+def is_done(checks: Sequence[Check], trend: Trend, tolerance: float) -> bool:
+    """The stopping rule.
+
+    With a remaining gap: its whole interval lies under the tolerance and the paired improvement is not significantly
+    above it. Without one: no window of the last three doublings improved by the tolerance, intervals included, and the
+    squared gradient norm has not stalled above zero.
+    """
+    if not checks:
+        return False
+    last = checks[-1]
+    if last.gap.high is not None:
+        compared = last.improvement.value is not None and not _significant(last.improvement, tolerance)
+        return last.gap.high < tolerance and compared
+    recent = checks[-DOUBLINGS:]
+    quiet = [c.improvement.high is not None and c.improvement.high < tolerance for c in recent]
+    return len(recent) == DOUBLINGS and all(quiet) and trend != "plateau"
+
+
+def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold: float | None) -> Verdict:
+    """Outcome and reasons, in the order a reader needs them."""
+    if evidence.failure:
+        return Verdict(
+            "diverged", (evidence.failure, "the last finite parameters are kept; lower the step size or rescale")
+        )
+    if not evidence.checks:
+        return Verdict("undecided", (f"no check was made: {_why_none(evidence)}",))
+    last = evidence.checks[-1]
+    reasons = [
+        f"remaining gap {show(last.gap)} (tolerance {tolerance:g})",
+        f"improvement over the last window {show(last.improvement)}",
+    ]
+    if is_done(evidence.checks, evidence.trend, tolerance):
+        bad = khat.value is not None and khat_threshold is not None and khat.value > khat_threshold
+        if bad:
+            reasons.append(
+                f"k-hat {show(khat, '')} is above {khat_threshold:.2f}: use a richer family, or reparameterise the model"
+            )
+            return Verdict("wrong_family", tuple(reasons))
+        against = "" if khat_threshold is None else f" (threshold {khat_threshold:.2f})"
+        reasons.append(f"k-hat {show(khat, '')}{against}")
+        return Verdict("converged", tuple(reasons))
+    reasons.append(f"gradient norm: {evidence.trend_reason}")
+    outcome = _not_done(evidence, tolerance)
+    reasons.append(_ADVICE[outcome])
+    if evidence.interrupted:
+        reasons.append(f"stopped by the user at step {last.step}")
+    return Verdict(outcome, tuple(reasons))
+
+
+_ADVICE: dict[Outcome, str] = {
+    "slow": "give it more steps, or a larger step size",
+    "stalled": "lower the step size, let it decay, or use more particles",
+    "undecided": "give it more steps; if that does not settle it, raise the tolerance",
+}
+
+
+def _why_none(evidence: Evidence) -> str:
+    return "stopped by the user before the first one" if evidence.interrupted else "run more steps"
+
+
+def _not_done(evidence: Evidence, tolerance: float) -> Outcome:
+    last = evidence.checks[-1]
+    improving = _significant(last.improvement, tolerance)
+    far = last.gap.low is None or last.gap.low > tolerance
+    if evidence.trend == "plateau" and last.improvement.value is not None and not improving and far:
+        return "stalled"
+    if improving or (evidence.trend == "decaying" and far):
+        return "slow"
+    return "undecided"

@@ -1,0 +1,171 @@
+"""A run that is killed, over and over, and taken up again ends in the same bits as one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bbvi_conv as bc
+from bbvi_conv.model_file import load_model
+from bbvi_conv.run_directory import RunDirectory
+
+AMORTIZED = """
+import pyro, pyro.distributions as dist, torch
+import bbvi_conv as bc
+
+encoder, decoder = torch.nn.Linear(4, 4), torch.nn.Linear(2, 4)
+fit = {"minibatch": bc.Minibatch(16, plate="data"), "dtype": torch.float32, "seed": 3}
+
+def model(x):
+    pyro.module("decoder", decoder)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+def guide(x):
+    pyro.module("encoder", encoder)
+    with pyro.plate("data", len(x)):
+        loc, log_scale = encoder(x).chunk(2, -1)
+        pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+def data():
+    return (torch.randn(200, 4),)
+"""
+
+STEPS = 1500
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "bbvi_conv.cli", *map(str, arguments), "--quiet"]
+
+
+def fit_command(spec: str, out: Path) -> list[str]:
+    """A run that never reaches its tolerance, so that it makes all its steps."""
+    return command("fit", spec, "--steps", str(STEPS), "--tol", "1e-12", "--out", out)
+
+
+def numbers(run: Path) -> dict[str, Any]:
+    """The verdict without its times."""
+    return {name: value for name, value in json.loads((run / "verdict.json").read_text()).items() if name != "seconds"}
+
+
+def newest(run: Path) -> int:
+    return max((int(path.name) for path in run.glob("checkpoint/*[0-9]")), default=0)
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Verdict, monitor, settings and every tensor of the last checkpoint, to the last bit."""
+    assert numbers(run) == numbers(other)
+    for name in ("monitor.csv", "config.json"):
+        assert (run / name).read_bytes() == (other / name).read_bytes()
+    (mine, meta), (theirs, their_meta) = (RunDirectory.open(path).load_checkpoint() for path in (run, other))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert {**meta, "seconds": None} == {**their_meta, "seconds": None}
+
+
+@pytest.fixture(scope="module", params=["eight_schools", "amortized"])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A model and a run of it that nobody disturbed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    spec = request.param
+    if spec == "amortized":
+        spec = str(folder / "amortized.py")
+        Path(spec).write_text(AMORTIZED, encoding="utf-8")
+    assert subprocess.run(fit_command(spec, folder / "run"), check=False).returncode == 3
+    return spec, folder / "run"
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: tuple[str, Path], tmp_path: Path) -> None:
+    spec, reference = undisturbed
+    out, moments, kills, steps_at_kill = tmp_path / "run", random.Random(1), 0, []
+    next_command = fit_command(spec, out)
+    while kills < 6:
+        seen = newest(out)
+        with subprocess.Popen(next_command) as running:
+            target, deadline = seen + moments.randint(0, 12), time.monotonic() + 120
+            while running.poll() is None and newest(out) < target:
+                assert time.monotonic() < deadline
+                time.sleep(0.0005)
+            time.sleep(moments.uniform(0, 0.01))
+            if running.poll() is None:
+                running.kill()
+        kills += 1
+        if running.returncode == 3:
+            break
+        assert running.returncode == -9
+        if RunDirectory(out).has_checkpoint():
+            tensors, _ = RunDirectory.open(out).load_checkpoint()  # whatever the moment, there is a whole one
+            steps_at_kill.append(tensors)
+        if RunDirectory(out).holds_run():
+            next_command = command("resume", out)
+    assert kills >= 4  # power: it was killed before its end, and more than once
+    assert subprocess.run(command("resume", out), check=False).returncode == 3
+    assert_same(out, reference)
+
+
+def test_a_run_stopped_between_looks_in_one_process_ends_in_the_same_bits(
+    undisturbed: tuple[str, Path], tmp_path: Path
+) -> None:
+    """Ctrl-C inside a look, then ``load`` and ``resume``: the same folder, the same bits."""
+    spec, reference = undisturbed
+    config = json.loads((reference / "config.json").read_text())
+    looks = 0
+
+    def stop(state: bc.FitState) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 20:
+            raise KeyboardInterrupt
+
+    found = load_model(spec)
+    settings = {**found.defaults, "max_steps": STEPS, "tol": 1e-12, "seed": config["settings"]["seed"]}
+    source = bc.ModelSource(str(found.path), found.name)
+    first = bc.fit(
+        found.model, found.guide, found.args, out=tmp_path / "run", source=source, on_look=stop, progress=False, **settings
+    )
+    assert 0 < first.state.step < STEPS
+    again = bc.load(tmp_path / "run")
+    assert torch.equal(again.x, first.x)
+    again.resume(progress=False)
+    assert_same(tmp_path / "run", reference)
+
+
+def test_more_steps_go_on_from_the_last_one(undisturbed: tuple[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    _, reference = undisturbed
+    run = Path(shutil.copytree(reference, tmp_path / "run"))
+    assert subprocess.run(command("resume", run, "--steps", "100"), check=False).returncode == 3
+    assert numbers(run)["steps"] == STEPS + 100
+    assert len((run / "monitor.csv").read_text().splitlines()) >= len((reference / "monitor.csv").read_text().splitlines())
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_its_settings(
+    undisturbed: tuple[str, Path], tmp_path: Path
+) -> None:
+    """config.json is all that is there."""
+    _, reference = undisturbed
+    with RunDirectory.create(tmp_path / "run") as run:
+        run.write_text("config.json", (reference / "config.json").read_text())
+    assert subprocess.run(command("resume", tmp_path / "run"), check=False).returncode == 3
+    assert_same(tmp_path / "run", reference)
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(AMORTIZED.replace("200", "100"), encoding="utf-8")
+    assert subprocess.run(command("fit", path, "--steps", "5", "--out", tmp_path / "run"), check=False).returncode == 3
+    path.write_text(AMORTIZED.replace("200", "101"), encoding="utf-8")
+    done = subprocess.run(command("resume", tmp_path / "run"), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "the data are not those of the run" in done.stderr
