@@ -48,13 +48,13 @@ _WHERE = {
 }
 
 __all__ = [
+    "ELBO",
     "FAMILIES",
     "OBJECTIVES",
     "SGD",
     "Adam",
     "Constant",
     "CosineDecay",
-    "ELBO",
     "ExponentialDecay",
     "Fit",
     "FitState",

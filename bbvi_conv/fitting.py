@@ -131,7 +131,8 @@ def _start(program: Program, init: Fit | None) -> Tensor:
         parts.append(value.reshape(-1).to(x) if fits and value is not None else part)
     if taken == 0:
         raise ValueError(
-            f"init has no parameter that fits: it holds {sorted(earlier)}, this fit {[leaf.name for leaf in program.leaves]}"
+            f"init has no parameter that fits: it holds {sorted(earlier)}, "
+            f"this fit {[leaf.name for leaf in program.leaves]}"
         )
     return torch.cat(parts)
 
@@ -200,7 +201,7 @@ class Fit:
         self.interrupted = interrupted
         self.program, self.settings = run.program, run.settings
         self.x = returned(state, run.settings).detach().clone()
-        self.seconds: dict[str, float] = {name: 0.0 for name in ("steps", "monitor", "compile", "export")}
+        self.seconds: dict[str, float] = dict.fromkeys(("steps", "monitor", "compile", "export"), 0.0)
         self.seconds.update(state.seconds)
         self.verdict = self._verdict()
 

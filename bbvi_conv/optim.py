@@ -87,7 +87,7 @@ class CosineDecay:
 
 
 class Optimiser(Protocol):
-    """``init`` makes the state, ``update`` maps (gradient, state, iterate, step number) to the next iterate and state."""
+    """``init`` makes the state, ``update`` maps (gradient, state, iterate, step number) to the next iterate, state."""
 
     def init(self, x: Tensor) -> tuple[Tensor, ...]:
         """State before the first step."""
@@ -154,7 +154,7 @@ class Adam:
 
 
 class Average(NamedTuple):
-    """Running mean of the iterates of the current window: ``mean`` ``(P,)``, ``steps`` scalar, how many it is the mean of."""
+    """Running mean of the iterates of the current window: ``mean`` ``(P,)``, over ``steps`` of them, a scalar."""
 
     mean: Tensor
     steps: Tensor

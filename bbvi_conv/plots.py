@@ -204,7 +204,7 @@ def _points(axis: Axes, run: Series, ends: Array) -> None:
         bottom = 0.3 * float(run.values[above].min())
         axis.set_ylim(bottom, 3.0 * float(np.nanmax(ends)))
     bottom = axis.get_ylim()[0]
-    axis.set_xlim(left=0.8)
+    axis.set_xlim(0.8, 1.3 * float(run.stops[-1]))
     steps = run.steps + 1.0
     if above.any():
         low = run.values[above] - np.maximum(ends[above, 0], bottom)

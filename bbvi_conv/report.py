@@ -24,17 +24,17 @@ TEMPLATE = "report.html"
 
 CAPTIONS = {
     "gap": (
-        "Three distances in nats at every check, judged at the parameters that are returned. A run has converged when the "
-        "whole interval of the remaining gap lies below the dashed tolerance and the paired improvement is not "
+        "Three distances in nats at every check, judged at the parameters that are returned. A run has converged when "
+        "the whole interval of the remaining gap lies below the dashed tolerance and the paired improvement is not "
         "significantly above it."
     ),
     "gradient_norm": (
-        "Squared norm of the gradient at one random step of every stratum (grey), and its running mean (blue), which is "
-        "what the theory bounds. It should fall at least as fast as the dashed envelope."
+        "Squared norm of the gradient at one random step of every stratum (grey), and its running mean (blue), which "
+        "is what the theory bounds. It should fall at least as fast as the dashed envelope."
     ),
     "rate": (
-        "Left: the running mean over the envelope; a slope of 0 or less agrees with the theorem. Right: the norm itself, "
-        "which shows a plateau where a constant step size has reached its noise floor."
+        "Left: the running mean over the envelope; a slope of 0 or less agrees with the theorem. Right: the norm "
+        "itself, which shows a plateau where a constant step size has reached its noise floor."
     ),
     "bound": "The bound along the run, and with its interval at every check. Higher is better.",
 }
@@ -155,10 +155,10 @@ def _short(value: float | None) -> str:
 
     Example:
         >>> _short(-31.57012), _short(0.00123456), _short(None)
-        ('-31.57', '0.00123', '–')
+        ('-31.57', '0.00123', '-')
     """
     if value is None:
-        return "–"
+        return "-"
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3g}"
@@ -210,7 +210,7 @@ def _sites(fit: Fit) -> list[tuple[str, tuple[Site, ...]]]:
 
 
 def _site_row(site: Site, kind: str) -> list[str]:
-    plates = ", ".join(f"{name} ({size:,})" for name, _, size in site.plates) or "–"
+    plates = ", ".join(f"{name} ({size:,})" for name, _, size in site.plates) or "-"
     return [site.name, kind, plates, f"{site.size:,}"]
 
 

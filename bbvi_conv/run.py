@@ -24,7 +24,6 @@ from bbvi_conv.program.noise import BLOCK
 from bbvi_conv.program.program import Program
 from bbvi_conv.verdict import is_done
 
-
 SPARSE = Strata(min_length=100, growth=0.25)
 """Strata of programs with more than ``LARGE`` parameters."""
 
@@ -114,7 +113,7 @@ class FitState(NamedTuple):
     monitor: MonitorState = MonitorState()
     checks: tuple[Check, ...] = ()
     losses: tuple[tuple[int, int, float], ...] = ()
-    seconds: Mapping[str, float] = {}  # noqa: RUF012 - never written to
+    seconds: Mapping[str, float] = {}
     done: bool = False
 
     @property

@@ -17,12 +17,28 @@ import bbvi_conv as bc
 from bbvi_conv.model_file import load_model
 from bbvi_conv.run_directory import RunDirectory
 
+GLOBAL = """
+import pyro, pyro.distributions as dist, torch
+import bbvi_conv as bc
+
+fit = {"family": bc.FullRank(), "objective": bc.ELBO(2, "sticking-the-landing"), "window": 100, "khat_draws": 100}
+
+def model(x):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(mu, tau), obs=x)
+
+def data():
+    return (torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),)
+"""
+
 AMORTIZED = """
 import pyro, pyro.distributions as dist, torch
 import bbvi_conv as bc
 
 encoder, decoder = torch.nn.Linear(4, 4), torch.nn.Linear(2, 4)
-fit = {"minibatch": bc.Minibatch(16, plate="data"), "dtype": torch.float32, "seed": 3}
+fit = {"minibatch": bc.Minibatch(16, plate="data"), "dtype": torch.float32, "seed": 3, "window": 100, "khat_draws": 100}
 
 def model(x):
     pyro.module("decoder", decoder)
@@ -40,7 +56,8 @@ def data():
     return (torch.randn(200, 4),)
 """
 
-STEPS = 1500
+MODELS = {"global": GLOBAL, "amortized": AMORTIZED}
+STEPS = 500
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -73,42 +90,36 @@ def assert_same(run: Path, other: Path) -> None:
     assert {**meta, "seconds": None} == {**their_meta, "seconds": None}
 
 
-@pytest.fixture(scope="module", params=["eight_schools", "amortized"])
+@pytest.fixture(scope="module", params=sorted(MODELS))
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A model and a run of it that nobody disturbed."""
+    """A model file and a run of it that nobody disturbed: three windows and a part of the fourth."""
     folder = tmp_path_factory.mktemp(request.param)
-    spec = request.param
-    if spec == "amortized":
-        spec = str(folder / "amortized.py")
-        Path(spec).write_text(AMORTIZED, encoding="utf-8")
+    spec = str(folder / "mine.py")
+    Path(spec).write_text(MODELS[request.param], encoding="utf-8")
     assert subprocess.run(fit_command(spec, folder / "run"), check=False).returncode == 3
     return spec, folder / "run"
 
 
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: tuple[str, Path], tmp_path: Path) -> None:
     spec, reference = undisturbed
-    out, moments, kills, steps_at_kill = tmp_path / "run", random.Random(1), 0, []
+    out, moments, kills = tmp_path / "run", random.Random(1), 0
     next_command = fit_command(spec, out)
-    while kills < 6:
-        seen = newest(out)
+    while kills < 5:
+        target = newest(out) + moments.randint(0, 8)
         with subprocess.Popen(next_command) as running:
-            target, deadline = seen + moments.randint(0, 12), time.monotonic() + 120
             while running.poll() is None and newest(out) < target:
-                assert time.monotonic() < deadline
                 time.sleep(0.0005)
-            time.sleep(moments.uniform(0, 0.01))
-            if running.poll() is None:
-                running.kill()
-        kills += 1
+            time.sleep(moments.uniform(0, 0.02))
+            running.kill()
         if running.returncode == 3:
             break
         assert running.returncode == -9
+        kills += 1
         if RunDirectory(out).has_checkpoint():
-            tensors, _ = RunDirectory.open(out).load_checkpoint()  # whatever the moment, there is a whole one
-            steps_at_kill.append(tensors)
+            RunDirectory.open(out).load_checkpoint()  # whatever the moment, there is a whole one
         if RunDirectory(out).holds_run():
             next_command = command("resume", out)
-    assert kills >= 4  # power: it was killed before its end, and more than once
+    assert kills >= 3  # power: it was killed before its end, and more than once
     assert subprocess.run(command("resume", out), check=False).returncode == 3
     assert_same(out, reference)
 
@@ -124,7 +135,7 @@ def test_a_run_stopped_between_looks_in_one_process_ends_in_the_same_bits(
     def stop(state: bc.FitState) -> None:
         nonlocal looks
         looks += 1
-        if looks == 20:
+        if looks == 10:
             raise KeyboardInterrupt
 
     found = load_model(spec)

@@ -72,7 +72,9 @@ class Calculus:
         """Scalar loss at noise ``(M, ...)``: a function torch can differentiate."""
         theta, phi = self.program.split(x)
         score = bool(self.program.structure.score_sites)
-        total = self.objective.surrogate(self.particles, theta, phi, noise, batch, scale=self.program.scale, score=score)
+        total = self.objective.surrogate(
+            self.particles, theta, phi, noise, batch, scale=self.program.unit_scale, score=score
+        )
         return total / self.normaliser
 
     def _gradient(self, x: Tensor, noise: Noise, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,7 @@ class Calculus:
         with torch.enable_grad():
             y = x.detach().requires_grad_()
             terms = self.particles(theta, phi, self.program.split(y)[1], noise, batch)
-            log_q = self.program.scale * terms.log_q.sum(-1).mean() / self.normaliser
+            log_q = self.program.unit_scale * terms.log_q.sum(-1).mean() / self.normaliser
             grad = _grad(-log_q, y, create_graph=True)
             return _grad(grad @ v, y) if grad.requires_grad else torch.zeros_like(y)
 

@@ -26,6 +26,7 @@ from torch.distributions import biject_to
 from bbvi_conv.families.start import start
 
 LOG_2PI = math.log(2 * math.pi)
+SCALAR = torch.Size()
 
 
 class DiagonalNormal(dist.Normal):  # type: ignore[misc]
@@ -33,7 +34,7 @@ class DiagonalNormal(dist.Normal):  # type: ignore[misc]
 
     _drawn: tuple[Tensor, Tensor] | None = None
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: torch.Size = SCALAR) -> Tensor:
         """Draw and remember the noise."""
         eps = torch.empty(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device).normal_()
         value: Tensor = self.loc + self.scale * eps
@@ -42,10 +43,8 @@ class DiagonalNormal(dist.Normal):  # type: ignore[misc]
 
     def log_prob(self, value: Tensor) -> Tensor:
         r""":math:`-\epsilon^2/2 - \log s - \log(2\pi)/2`, in nats."""
-        if self._drawn is not None and value is self._drawn[0]:
-            eps = self._drawn[1]
-        else:
-            eps = (value - self.loc) / self.scale
+        own = self._drawn is not None and value is self._drawn[0]
+        eps = self._drawn[1] if own and self._drawn is not None else (value - self.loc) / self.scale
         density: Tensor = -0.5 * (eps * eps + LOG_2PI) - self.scale.log()
         return density
 
@@ -74,7 +73,7 @@ class TrilNormal(dist.TorchDistribution):  # type: ignore[misc]
             raise ValueError("a full-rank guide packs all sites into one vector and cannot stand inside a plate")
         return self
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: torch.Size = SCALAR) -> Tensor:
         """Draw ``(*sample_shape, D)`` and remember the noise."""
         eps = torch.empty((*sample_shape, *self.loc.shape), dtype=self.loc.dtype, device=self.loc.device).normal_()
         value = self.loc + self.scale * (self.tril * eps.unsqueeze(-2)).sum(-1)
@@ -167,7 +166,7 @@ class MeanField:
 
 @dataclass(frozen=True)
 class FullRank:
-    r"""Gaussian :math:`N(m, L L^\top)` over all latent sites jointly, :math:`L = \mathrm{diag}(s) T`, T unit lower-triangular.
+    r"""Gaussian :math:`N(m, L L^\top)` over all latent sites, :math:`L = \mathrm{diag}(s) T`, T unit lower-triangular.
 
     Args:
         init_scale: standard deviation at the start.

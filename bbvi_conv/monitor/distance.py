@@ -49,7 +49,7 @@ def half_norm(gradients: Tensor, matrix: Tensor, name: str, *, level: float = 0.
 
 
 def half_norm_by_products(gradients: Tensor, product: Product, name: str, *, level: float = 0.95) -> Estimate:
-    r"""The same for an A known by its products: :math:`\tfrac12 \bar g_a^\top A^{-1} \bar g_b` over two halves of the draws.
+    r"""The same for an A known by its products: :math:`\tfrac12 \bar g_a^\top A^{-1} \bar g_b`, a and b halves of the draws.
 
     One conjugate-gradient solve for the mean of each half; the halves are independent, so the product is unbiased.
     """
@@ -88,7 +88,7 @@ def conjugate_gradient(product: Product, b: Tensor) -> Tensor | str:
 
 
 def paired_improvement(before: Tensor, after: Tensor, *, level: float = 0.95) -> Estimate:
-    r"""Mean of :math:`\ell_s(\text{before}) - \ell_s(\text{after})` over common random numbers, with its paired interval.
+    r"""Mean of :math:`\ell_s(\text{before}) - \ell_s(\text{after})` over common random numbers, and its interval.
 
     Positive when the newer parameters have the lower loss. Losses ``(S,)``, the same noise and rows at each s.
     """

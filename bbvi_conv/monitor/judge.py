@@ -164,8 +164,22 @@ class Judge:
             if gap_matrix is None:
                 return unavailable(gap_reason)
             if isinstance(gap_matrix, Tensor):
-                return scaled(half_norm(grads[:, active], gap_matrix, "the Hessian of the loss (run on until the parameters are near a minimum)"), factor)
-            return scaled(half_norm_by_products(grads[:, active], gap_matrix, "the Hessian of the loss (run on until the parameters are near a minimum)"), factor)
+                return scaled(
+                    half_norm(
+                        grads[:, active],
+                        gap_matrix,
+                        "the Hessian of the loss (run on until the parameters are near a minimum)",
+                    ),
+                    factor,
+                )
+            return scaled(
+                half_norm_by_products(
+                    grads[:, active],
+                    gap_matrix,
+                    "the Hessian of the loss (run on until the parameters are near a minimum)",
+                ),
+                factor,
+            )
 
         result = gap()
         while len(grads) < most and _straddles(result, self.tolerance):

@@ -39,7 +39,7 @@ class Objective(Protocol):
         scale: float,
         score: bool,
     ) -> Tensor:
-        """Scalar negative bound, in nats summed over the data; its value is the bound's, its gradient the estimator's."""
+        """Scalar negative bound, in nats summed over the data; the value is the bound's, the gradient the estimator's."""
         ...
 
     def quietest(self) -> Objective:

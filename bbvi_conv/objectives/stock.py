@@ -12,7 +12,7 @@ from pyro.infer.util import torch_item
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bbvi_conv.program.program import Terms, anew
+from bbvi_conv.program.program import Terms, anew, guide_trace
 from bbvi_conv.program.structure import random_sites
 from bbvi_conv.program.tape import Tape
 
@@ -48,7 +48,7 @@ class StockLoss(PyroELBO):  # type: ignore[misc]
         return float(torch_item(loss))
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+        drawn = guide_trace(guide, args, kwargs)
         return poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs), drawn
 
 
@@ -56,17 +56,20 @@ def stock_terms(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, split: bool
 ) -> tuple[Terms, bool]:
     """Summed terms of one draw with Pyro's own scales, and whether a site has no pathwise gradient."""
-    drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+    drawn = guide_trace(guide, args, kwargs)
     density = drawn
     if split:
         owned = (site["value"] for site in drawn.nodes.values() if site["type"] == "param")
         leaves = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in owned]
         with Tape(None, {id(leaf): leaf.detach() for leaf in leaves}, serve=False):
-            density = poutine.trace(poutine.replay(guide, trace=anew(drawn))).get_trace(*args, **kwargs)
+            with poutine.replay(trace=anew(drawn)):
+                density = guide_trace(guide, args, kwargs)
             density.compute_log_prob()
     density.compute_log_prob()
     replayed = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
     log_p, log_q = torch.as_tensor(replayed.log_prob_sum()), torch.as_tensor(density.log_prob_sum())
     scored = [s for s in random_sites(drawn) if not s["is_observed"] and not getattr(s["fn"], "has_rsample", True)]
-    score = sum((density.nodes[s["name"]]["log_prob_sum"] for s in scored), torch.zeros_like(log_p))
+    if scored and split:
+        drawn.compute_log_prob()
+    score = sum((drawn.nodes[s["name"]]["log_prob_sum"] for s in scored), torch.zeros_like(log_p))
     return Terms(log_p.reshape(1), log_q.reshape(1), torch.zeros_like(log_p), score.reshape(1)), bool(scored)

@@ -1,4 +1,4 @@
-"""Build a ``Program``: one validated eager pass that finds sites, leaves, units and noise, and refuses what is wrong."""
+"""Build a ``Program``: one validated eager pass finds sites, leaves, units and noise, and refuses what is wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from bbvi_conv.program.buffers import CalledModule, called_modules, changed_buffers, restore_buffers
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import NoiseLayout
-from bbvi_conv.program.program import UNTAPED_SEED, Program, Rows, quiet_pyro
+from bbvi_conv.program.program import UNTAPED_SEED, Program, Rows, guide_trace, quiet_pyro
 from bbvi_conv.program.structure import (
     Group,
     Leaf,
@@ -189,7 +189,8 @@ class _RefuseMissing(Messenger):  # type: ignore[misc]
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not is_plate(msg) and msg["name"] not in self.drawn:
             raise ValueError(
-                f"the guide has no sample site {msg['name']!r}, a latent of the model; add it to the guide or observe it"
+                f"the guide has no sample site {msg['name']!r}, a latent of the model; "
+                "add it to the guide or observe it"
             )
 
 
@@ -214,15 +215,20 @@ def _eager_pass(
             stack.enter_context(Rows(minibatch.plate, rows))
         if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
             guide(*args, **kwargs)
+
+        def run() -> tuple[Trace, Trace]:
+            drawn = guide_trace(guide, args, kwargs)
+            with _RefuseMissing({s["name"] for s in random_sites(drawn)}):
+                return drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+
+        run()  # parameters that start at random are made here, off the tape
         tape = stack.enter_context(taped(Tape(None, {})))
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        with _RefuseMissing({s["name"] for s in random_sites(guide_trace)}):
-            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        check_guide(guide_trace, model_trace)
+        drawn, model_trace = run()
+        check_guide(drawn, model_trace)
         check_supports(model_trace)
-        guide_trace.compute_log_prob()
+        drawn.compute_log_prob()
         model_trace.compute_log_prob()
-    return _Pass(guide, guide_trace, model_trace, tape, store, modules)
+    return _Pass(guide, drawn, model_trace, tape, store, modules)
 
 
 def _is_row_tensor(value: Any, total: int) -> bool:

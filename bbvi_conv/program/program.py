@@ -12,6 +12,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Terms(NamedTuple):
         log_p: ``(..., U)``, latent sites and what depends on them, per unit, minibatch scale left out.
         log_q: ``(..., U)``, guide sites, per unit, likewise.
         free: ``(...)``, observed sites that depend on no latent, minibatch scale included.
-        score: ``(..., U)``, the part of ``log_q`` from sites without a pathwise gradient.
+        score: ``(..., U)``, the part of ``log_q`` from sites without a pathwise gradient, always by ``phi_sample``.
     """
 
     log_p: Tensor
@@ -79,6 +80,16 @@ def quiet_pyro(store: dict[str, Any] | None, dtype: torch.dtype, *, validate: bo
         stack.callback(torch.set_default_dtype, before)
         torch.set_default_dtype(dtype)
         yield
+
+
+def guide_trace(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+    """Trace of one run of a guide; what a messenger guide observes as it runs the model is not the guide's."""
+    trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    if isinstance(guide, GuideMessenger):
+        for site in random_sites(trace):
+            if site["is_observed"]:
+                trace.remove_node(site["name"])
+    return trace
 
 
 def anew(trace: Trace) -> Trace:
@@ -140,6 +151,11 @@ class Program:
         self.scale = total / minibatch.size if minibatch else 1.0
         self.sizes = [leaf.tensor.numel() for leaf in self.leaves]
         self.device = next((leaf.tensor.device for leaf in self.leaves), torch.device("cpu"))
+
+    @property
+    def unit_scale(self) -> float:
+        """Factor of the per-unit terms: N/B where the subsampled plate is part of the unit, else 1."""
+        return self.scale if self.plate in self.structure.unit else 1.0
 
     # ---- parameters: a flat vector for the optimiser, a nested dict for people ----
 
@@ -261,27 +277,30 @@ class Program:
         phi_sample: Mapping[str, Tensor],
         phi_density: Mapping[str, Tensor],
         batch: Batch,
-    ) -> tuple[Trace, Trace]:
-        """Guide trace (with the densities of ``phi_density``) and model trace, log-probabilities computed."""
+    ) -> tuple[Trace, Trace, Trace]:
+        """Guide trace as drawn, guide trace with the densities of ``phi_density``, model trace; log-probabilities in."""
         args = self.positional(batch)
         if self.untaped:
             tape.uniforms = UNTAPED_SEED
         tape.values = self._values(phi_sample)
-        drawn = poutine.trace(self.guide).get_trace(*args, **self.kwargs)
+        drawn = guide_trace(self.guide, args, self.kwargs)
         guide = drawn
         if phi_density is not phi_sample:
             tape.values = self._values(phi_density)
             before = tape.used
-            guide = poutine.trace(poutine.replay(self.guide, trace=anew(drawn))).get_trace(*args, **self.kwargs)
+            with poutine.replay(trace=anew(drawn)):
+                guide = guide_trace(self.guide, args, self.kwargs)
             if tape.used != before:
                 raise ValueError(
                     "the guide draws noise outside its sample sites: its density at given values is unknown"
                 )
+            if self.structure.score_sites:
+                drawn.compute_log_prob()
         guide.compute_log_prob()
         tape.values = self._values(theta)
         model = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(*args, **self.kwargs)
         model.compute_log_prob()
-        return guide, model
+        return drawn, guide, model
 
     def _density(self, site: dict[str, Any]) -> Tensor:
         """Log-probability of a site by batch dimension, poutine scales in, the minibatch scale of ``plate(N, B)`` out."""
@@ -321,7 +340,7 @@ class Program:
     ) -> Terms:
         """Log densities of one draw, by running Pyro's handlers."""
         with self.handlers(noise, batch, tracing=tracing) as tape:
-            guide, model = self._traces(tape, theta, phi_sample, phi_density, batch)
+            drawn, guide, model = self._traces(tape, theta, phi_sample, phi_density, batch)
             zero = torch.zeros(math.prod(self.structure.unit_shape), dtype=self.dtype, device=self.device)
             in_unit = {s.name for s in (*self.structure.latents, *self.structure.observed) if s.in_unit}
             log_p, log_q, score, free = zero, zero, zero, zero.new_zeros(())
@@ -331,17 +350,16 @@ class Program:
                 else:
                     free = free + self._density(site).sum() * (self.scale if self._subsampled(site) else 1.0)
             for site in random_sites(guide):
-                term = self._per_unit(site)
-                log_q = log_q + term
-                if site["name"] in self.structure.score_sites:
-                    score = score + term
+                log_q = log_q + self._per_unit(site)
+            for name in self.structure.score_sites:
+                score = score + self._per_unit(drawn.nodes[name])
             return Terms(log_p, log_q, free, score)
 
     def site_values(self, x: Tensor, noise: Noise, batch: Batch) -> SiteValues:
         """Values and log-likelihoods of one draw at flat parameters ``x``."""
         theta, phi = self.split(x)
         with self.handlers(noise, batch) as tape:
-            guide, model = self._traces(tape, theta, phi, phi, batch)
+            _, guide, model = self._traces(tape, theta, phi, phi, batch)
             nodes = model.nodes
             deterministic = {
                 name: site["value"]
@@ -374,7 +392,7 @@ class Program:
         theta, phi = self.split(x)
         for draw in range(len(noise.normal)):
             with torch.no_grad(), self.handlers(noise.at(draw), batch) as tape:
-                guide, model = self._traces(tape, theta, phi, phi, batch)
+                _, guide, model = self._traces(tape, theta, phi, phi, batch)
             for where, trace in (("guide", guide), ("model", model)):
                 for site in random_sites(trace):
                     for what, tensor in (("value", site["value"]), ("log-probability", site["unscaled_log_prob"])):

@@ -93,7 +93,7 @@ def analyse(guide_trace: Trace, model_trace: Trace, dependent: set[str]) -> Stru
     latent_names = {s["name"] for s in model_sites if not s["is_observed"]}
     relevant = [s for s in model_sites if s["name"] in latent_names or s["name"] in dependent]
     relevant += [s for s in guide_sites if not s["is_observed"] or s["name"] not in latent_names]
-    common = [{p for p in plates_of(s)} for s in relevant]
+    common = [set(plates_of(s)) for s in relevant]
     unit = sorted(set.intersection(*common), key=lambda p: p[1]) if common else []
 
     def describe(s: dict[str, Any]) -> Site:

@@ -2,7 +2,7 @@
 
 Random operations are found by their dispatcher tag ``nondeterministic_seeded``, never by a list of names. What follows
 from normals and uniforms by inverse CDF is a function of the tape; gamma, beta and Dirichlet draws are Marsaglia-Tsang
-proposals taken from the tape with implicit (pathwise) gradients, so they too repeat exactly and trace. The rest is drawn
+proposals taken from the tape with implicit (pathwise) gradients, so they too repeat exactly and trace. The rest comes
 from a generator seeded by the tape and keeps the program in the eager engine.
 """
 

@@ -54,6 +54,7 @@ def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = 
             raise Untraceable(f"random operation {node.target} is not on the noise tape")
         if node.op == "call_function":
             _fix_dtype(node)
+            _fix_end(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -66,6 +67,19 @@ def _fix_dtype(node: Node) -> None:
         return
     if any(argument.name == "dtype" for argument in schema.arguments):
         node.kwargs = {**node.kwargs, "dtype": node.meta["tensor_meta"].dtype}
+
+
+_SLICES = (torch.ops.aten.slice.Tensor, torch.ops.aten.slice_scatter.default, torch.ops.aten.slice_backward.default)
+
+
+def _fix_end(node: Node) -> None:
+    """Write the end of an open slice into the graph: under ``vmap`` torch overflows on a strided slice without one."""
+    if node.target not in _SLICES:
+        return
+    for i, argument in enumerate(node.args):
+        if isinstance(argument, int) and argument == torch.iinfo(torch.int64).max:
+            whole = node.args[1] if node.target is _SLICES[2] else node.args[0].meta["tensor_meta"].shape
+            node.update_arg(i, whole[node.args[i - 2]])
 
 
 def _first_sentence(error: Exception) -> str:
