@@ -15,8 +15,6 @@ from bbvi_conv.run import FitState
 VERSION = 1
 """Layout of the checkpoint; raised when an older one can no longer be read."""
 
-_PLAIN = ("window_start", "done")
-
 
 def pack(state: FitState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and what JSON holds: floats go through ``repr`` unharmed."""
@@ -25,13 +23,12 @@ def pack(state: FitState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["previous"] = state.previous
     meta = {
         "version": VERSION,
-        **{name: getattr(state, name) for name in _PLAIN},
+        "window_start": state.window_start,
         "monitor": {"label": state.monitor.label, "columns": columns(), "rows": to_rows(state.monitor)},
         "checks": [[check.step, *(list(estimate) for estimate in check[1:])] for check in state.checks],
         "losses": [list(chunk) for chunk in state.losses],
         "seconds": dict(state.seconds),
         "done": state.done,
-        "seconds": dict(state.seconds),
     }
     return tensors, meta
 
@@ -51,12 +48,13 @@ def unpack(tensors: dict[str, Tensor], meta: dict[str, Any]) -> FitState:
         table = meta["monitor"]
         return FitState(
             carry=Carry.unflatten([tensors[name] for name in sorted(tensors) if name.startswith("carry.")]),
+            window_start=meta["window_start"],
             previous=tensors.get("previous"),
             monitor=from_rows(table["columns"], table["rows"], label=table["label"]),
             checks=tuple(Check(step, *(Estimate(*estimate) for estimate in rest)) for step, *rest in meta["checks"]),
             losses=tuple((first, count, loss) for first, count, loss in meta["losses"]),
             seconds=meta["seconds"],
-            **{name: meta[name] for name in _PLAIN},
+            done=meta["done"],
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"the checkpoint lacks a part ({error}): start the run again in a new directory") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -165,6 +166,8 @@ def _drive(
             latest = run.finish(run.advance(state, max_steps, on_event))
         except KeyboardInterrupt:
             interrupted = True
+            with suppress(KeyboardInterrupt):  # a second one skips the check of what is returned
+                latest = run.finish(latest)
     x = returned(latest, run.settings)
     if run.settings.update_modules:
         run.program.write_back(x)
@@ -258,14 +261,21 @@ class Fit:
         return plot(self, kind)
 
     def resume(self, steps: int | None = None, *, progress: bool = True, on_look: OnLook | None = None) -> Fit:
-        """Go on where this fit stands: ``steps`` more, or up to ``max_steps``; the same bits as a run never stopped."""
+        """Go on where this fit stands: up to ``max_steps``, the same bits as a run never stopped; or ``steps`` more.
+
+        With ``steps`` a fit that is done goes on as well, and may be done again at the end of a later window.
+
+        Raises:
+            ValueError: ``steps`` below 1, or a fit that diverged.
+        """
         state, settings = self.state, self.settings
         if steps is not None:
             if steps < 1:
                 raise ValueError(f"steps must be at least 1, got {steps}")
             settings = dataclasses.replace(settings, max_steps=state.step + steps)
-            state = state._replace(done=False)
-            if state.carry.bad >= 0:
+            if state.done:
+                state = self.run.next_window(state, self.x)
+            if int(state.carry.bad) >= 0:
                 raise ValueError(
                     f"this fit diverged at step {int(state.carry.bad)} and cannot go on; refit with smaller steps"
                 )

@@ -1,4 +1,4 @@
-"""Model files: Python files that hold ``model``, ``data()`` and, where wanted, ``guide`` and ``fit``; shipped or a user's own.
+"""Model files, shipped or a user's own: Python files that hold ``model``, ``data()`` and maybe ``guide`` and ``fit``.
 
 A file is run by its path under a private module name, so a folder called ``models`` never becomes a package. It is
 code: run only files you trust.
@@ -158,8 +158,8 @@ def _data(path: Path, module: ModuleType, seed: int) -> tuple[tuple[Any, ...], d
     if isinstance(found, dict) and all(isinstance(key, str) for key in found):
         return (), found
     raise ValueError(
-        f"{path}: its data() returned {type(found).__name__}, not the tuple of positional arguments or a dict of keyword "
-        "arguments; a single argument x is returned as `(x,)`"
+        f"{path}: its data() returned {type(found).__name__}, not the tuple of positional arguments or a dict of "
+        "keyword arguments; a single argument x is returned as `(x,)`"
     )
 
 
@@ -193,15 +193,15 @@ def _seeded(seed: int) -> Iterator[None]:
     import numpy as np
     import torch
 
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the generator that plain np.random.* in a user's file draws from
     random.seed(seed)
     try:
         yield
     finally:
         torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         random.setstate(states[2])
 
 

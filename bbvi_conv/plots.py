@@ -86,7 +86,7 @@ def bound(fit: Fit) -> Figure:
     axes[0].set_xscale("log")
     axes[0].set_ylabel(f"bound, nats{_per(fit)}")
     _legend(axes[1])
-    figure.suptitle(f"Bound: {type(fit.settings.objective).__name__}")
+    figure.suptitle(f"Bound: {type(fit.settings.bound()).__name__}")
     return figure
 
 

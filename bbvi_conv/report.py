@@ -103,7 +103,7 @@ def render(fit: Fit) -> str:
         figures=figures,
         facts=_facts(fit),
         sites=[_site_row(site, kind) for kind, sites in _sites(fit) for site in sites],
-        settings=[(f.name, _plain(getattr(fit.settings, f.name))) for f in dataclasses.fields(fit.settings)],
+        settings=_settings(fit),
         seconds=[(name, f"{value:.2f}") for name, value in fit.seconds.items()],
         versions=list(versions().items()),
     )
@@ -198,6 +198,17 @@ def _facts(fit: Fit) -> list[tuple[str, str]]:
             ("rows", f"{program.minibatch.size:,} of {program.total:,} a step, plate {program.minibatch.plate}")
         )
     return facts
+
+
+def _settings(fit: Fit) -> list[tuple[str, str]]:
+    """What was asked for, and what was chosen where nothing was."""
+    asked = {f.name: getattr(fit.settings, f.name) for f in dataclasses.fields(fit.settings)}
+    chosen = {"objective": fit.settings.bound(), "optimiser": fit.settings.rule(), "strata": fit.run.strata}
+    chosen["dtype"] = fit.program.dtype
+    return [
+        (name, _plain(value) if value is not None else f"{_plain(chosen[name])} (chosen)" if name in chosen else "none")
+        for name, value in asked.items()
+    ]
 
 
 def _sites(fit: Fit) -> list[tuple[str, tuple[Site, ...]]]:

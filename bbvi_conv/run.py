@@ -176,7 +176,12 @@ class Run:
         return FitState(start_carry(self.settings.rule(), x), seconds={"compile": self.compile_seconds})
 
     def advance(self, state: FitState, max_steps: int, on_event: Callable[[FitState, bool], None]) -> FitState:
-        """Go on until done, not finite, or ``max_steps``; ``on_event(state, looked)`` after every chunk."""
+        """Go on until done, not finite, or ``max_steps``; ``on_event(state, looked)`` after every chunk.
+
+        A check that :meth:`finish` made inside a window is dropped, so that a resumed run decides as one never stopped.
+        """
+        if not state.done and state.step < max_steps:
+            state = state._replace(checks=tuple(c for c in state.checks if c.step <= state.window_start))
         while not state.done and int(state.carry.bad) < 0:
             step = state.step
             index = len(state.monitor.looks)
@@ -236,17 +241,20 @@ class Run:
 
     def _check(self, state: FitState, x: Tensor) -> FitState:
         start = self.clock()
-        check = self.judge.check(state.step, len(state.checks), x, state.previous)
+        check = self.judge.check(state.step, x, state.previous)
         return state._replace(checks=(*state.checks, check), seconds=self._timed(state, "monitor", start))
 
     def _close_window(self, state: FitState) -> FitState:
         x = returned(state._replace(previous=None), self.settings)
         state = self._check(state, x)
-        done = is_done(state.checks, self.trend(state)[0], self.settings.tol)
-        if done:
+        if is_done(state.checks, self.trend(state)[0], self.settings.tol):
             return state._replace(done=True)
+        return self.next_window(state, x)
+
+    def next_window(self, state: FitState, x: Tensor) -> FitState:
+        """Begin a window; ``x`` is what the last one returned."""
         carry = state.carry._replace(average=empty_average(state.carry.x))
-        return state._replace(carry=carry, previous=x.clone(), window_start=state.step)
+        return state._replace(carry=carry, previous=x.clone(), window_start=state.step, done=False)
 
     def trend(self, state: FitState) -> tuple[Any, str]:
         """Trend of the squared gradient norm, and its sentence."""

@@ -1,7 +1,7 @@
 """A run's folder on disk: one writer at a time, and files that are whole at every instant.
 
-Every file is written beside its place, synced and renamed. A checkpoint is a numbered folder that appears by one rename;
-the last two are kept, so a damaged newest one falls back to the one before.
+Every file is written beside its place, synced and renamed. A checkpoint is a numbered folder that appears by one
+rename; the last two are kept, so a damaged newest one falls back to the one before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The values a fit is asked for, as JSON and back: families, objectives, optimisers, step sizes, minibatches, float types.
+"""What a fit is asked for, as JSON and back: families, objectives, optimisers, step sizes, minibatches, float types.
 
 A frozen dataclass becomes ``{"class": NAME, field: value, ...}`` and comes back only if ``NAME`` is one of
 :func:`known_classes`: nothing is imported or evaluated on the word of a file.

@@ -129,6 +129,8 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
         reasons.append(f"k-hat {show(khat, '')}{against}")
         return Verdict("converged", tuple(reasons))
     reasons.append(f"gradient norm: {evidence.trend_reason}")
+    if (fall := _worst_fall(evidence, tolerance)) is not None:
+        reasons.append(f"the bound fell by {-fall:.3g} nats over one of the last {DOUBLINGS} windows: it wanders")
     outcome = _not_done(evidence, tolerance)
     reasons.append(_ADVICE[outcome])
     if evidence.interrupted:
@@ -147,11 +149,24 @@ def _why_none(evidence: Evidence) -> str:
     return "stopped by the user before the first one" if evidence.interrupted else "run more steps"
 
 
+def _worst_fall(evidence: Evidence, tolerance: float) -> float | None:
+    """Largest fall of the bound over one of the last windows that is significantly above the tolerance, negative."""
+    recent = [c.improvement for c in evidence.checks[-DOUBLINGS:]]
+    return min((e.value for e in recent if e.value is not None and e.high is not None and e.high < -tolerance), default=None)
+
+
 def _not_done(evidence: Evidence, tolerance: float) -> Outcome:
+    """Stalled, slow or undecided.
+
+    At a noise floor the iterates wander: the paired improvement from one to the next is large and of either sign. So a
+    gain counts as progress only where none of the last windows lost as significantly.
+    """
     last = evidence.checks[-1]
-    improving = _significant(last.improvement, tolerance)
+    wanders = _worst_fall(evidence, tolerance) is not None
+    improving = _significant(last.improvement, tolerance) and not wanders
     far = last.gap.low is None or last.gap.low > tolerance
-    if evidence.trend == "plateau" and last.improvement.value is not None and not improving and far:
+    flat = evidence.trend == "plateau" or (wanders and evidence.trend != "decaying")
+    if flat and last.improvement.value is not None and not improving and far:
         return "stalled"
     if improving or (evidence.trend == "decaying" and far):
         return "slow"

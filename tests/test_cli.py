@@ -217,8 +217,9 @@ def test_a_run_leaves_everything_in_its_directory(finished: Path) -> None:
 def test_options_override_the_file_which_overrides_the_library(tmp_path: Path) -> None:
     own = 'fit = {"max_steps": 7, "tol": 0.25, "optimiser": bc.SGD(bc.Constant(0.001)), "seed": 4}\n'
     path = write(tmp_path, MODEL + own)
-    options = ("--tol", "0.75", "--step-size", "0.002", "--family", "full-rank", "--dtype", "float32", "--particles", "3")
-    assert call("fit", path, "--out", tmp_path / "run", *options, "--quiet").exit_code == 3
+    options = ["--tol", "0.75", "--step-size", "0.002", "--family", "full-rank", "--dtype", "float32"]
+    options += ["--particles", "3", "--quiet"]
+    assert call("fit", path, "--out", tmp_path / "run", *options).exit_code == 3
     settings: dict[str, Any] = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert (settings["max_steps"], settings["tol"], settings["seed"]) == (7, 0.75, 4)
     assert settings["optimiser"] == {"class": "SGD", "step_size": {"class": "Constant", "size": 0.002}}
@@ -283,11 +284,12 @@ def program(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
-    code = "import sys; from bbvi_conv.cli import app\ntry:\n    app(['--help'])\nexcept SystemExit:\n    print(sorted(sys.modules))"
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from bbvi_conv.cli import app; "
+    code += "app(['--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {f"'{name}'" for name in ("torch", "pyro", "arviz", "numpy", "matplotlib")} & set(
-        done.stdout.splitlines()[-1].strip("[]").split(", ")
-    )
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "bbvi_conv.cli" in loaded
+    assert not loaded & {"torch", "pyro", "arviz", "numpy", "matplotlib"}
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -299,7 +301,8 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 def test_models_are_listed_by_name_and_first_line() -> None:
     result = call("models")
     assert result.exit_code == 0
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["challenger", "conjugate_gaussian", "eight_schools", "vae"]
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names == ["challenger", "conjugate_gaussian", "eight_schools", "vae"]
 
 
 def test_ctrl_c_leaves_what_there_is(tmp_path: Path) -> None:

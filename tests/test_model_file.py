@@ -78,10 +78,10 @@ def test_networks_and_data_follow_the_seed_and_no_generator_moves(tmp_path: Path
         "def model(*x): ...\ndef data(): return (torch.randn(4), np.random.randn(), random.random())\n"
         "def weight(): return net.weight\n",
     )
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     runs = [load_model(spec, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(before[0], torch.get_rng_state())
-    assert np.array_equal(before[1], np.random.get_state()[1])
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
     assert before[2] == random.getstate()
     weights = [run.model.__globals__["net"].weight for run in runs]
     assert torch.equal(weights[0], weights[1])

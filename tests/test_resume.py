@@ -104,7 +104,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed: tuple
     spec, reference = undisturbed
     out, moments, kills = tmp_path / "run", random.Random(1), 0
     next_command = fit_command(spec, out)
-    while kills < 5:
+    while kills < 4:
         target = newest(out) + moments.randint(0, 8)
         with subprocess.Popen(next_command) as running:
             while running.poll() is None and newest(out) < target:
@@ -141,9 +141,8 @@ def test_a_run_stopped_between_looks_in_one_process_ends_in_the_same_bits(
     found = load_model(spec)
     settings = {**found.defaults, "max_steps": STEPS, "tol": 1e-12, "seed": config["settings"]["seed"]}
     source = bc.ModelSource(str(found.path), found.name)
-    first = bc.fit(
-        found.model, found.guide, found.args, out=tmp_path / "run", source=source, on_look=stop, progress=False, **settings
-    )
+    options = {"out": tmp_path / "run", "source": source, "on_look": stop, "progress": False}
+    first = bc.fit(found.model, found.guide, found.args, **options, **settings)
     assert 0 < first.state.step < STEPS
     again = bc.load(tmp_path / "run")
     assert torch.equal(again.x, first.x)
@@ -158,7 +157,9 @@ def test_more_steps_go_on_from_the_last_one(undisturbed: tuple[str, Path], tmp_p
     run = Path(shutil.copytree(reference, tmp_path / "run"))
     assert subprocess.run(command("resume", run, "--steps", "100"), check=False).returncode == 3
     assert numbers(run)["steps"] == STEPS + 100
-    assert len((run / "monitor.csv").read_text().splitlines()) >= len((reference / "monitor.csv").read_text().splitlines())
+    old, new = ((path / "monitor.csv").read_text() for path in (reference, run))
+    assert new.startswith(old)
+    assert len(new) > len(old)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_from_its_settings(

@@ -51,7 +51,9 @@ def half_norm(gradients: Tensor, matrix: Tensor, name: str, *, level: float = 0.
 def half_norm_by_products(gradients: Tensor, product: Product, name: str, *, level: float = 0.95) -> Estimate:
     r"""The same for an A known by its products: :math:`\tfrac12 \bar g_a^\top A^{-1} \bar g_b`, a and b halves of the draws.
 
-    One conjugate-gradient solve for the mean of each half; the halves are independent, so the product is unbiased.
+    One conjugate-gradient solve for the mean of each half; the halves are independent, so the product is unbiased. Both
+    halves move it: its variance is the sum of that of :math:`\tfrac12 g_i^\top A^{-1} \bar g_b` over the first and of
+    its mirror image over the second, each with the other half held fixed.
     """
     half = len(gradients) // 2
     first, second = gradients[:half].to(torch.float64), gradients[half : 2 * half].to(torch.float64)
@@ -60,8 +62,9 @@ def half_norm_by_products(gradients: Tensor, product: Product, name: str, *, lev
         if isinstance(answer, str):
             return unavailable(f"{name} {answer}")
     by_first, by_second = (answer.to(torch.float64) for answer in solved if isinstance(answer, Tensor))
-    parts = 0.25 * (first @ by_second + second @ by_first)
-    value, error = float(parts.mean()), float(parts.std()) / math.sqrt(half)
+    parts = 0.5 * (first @ by_second), 0.5 * (second @ by_first)
+    value = 0.5 * float(parts[0].mean() + parts[1].mean())
+    error = math.sqrt(float(parts[0].var() + parts[1].var()) / half)
     width = student_quantile(level, half - 1) * error
     return Estimate(value, max(value - width, 0.0), max(value + width, width))
 

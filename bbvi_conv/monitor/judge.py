@@ -106,9 +106,9 @@ class Judge:
 
     # ---- checks ----
 
-    def check(self, step: int, index: int, x: Tensor, previous: Tensor | None) -> Check:
-        """Gap, natural-gradient norm, paired improvement and bound at ``x``."""
-        keys = _Keys(index)
+    def check(self, step: int, x: Tensor, previous: Tensor | None) -> Check:
+        """Gap, natural-gradient norm, paired improvement and bound at ``x``; the noise depends on the step alone."""
+        keys = _Keys(step)
         losses, improvement = self._compare(x, previous, keys)
         mean, error = float(losses.mean()), float(losses.std()) / math.sqrt(len(losses))
         bound = scaled(Estimate(-mean, -mean - 1.96 * error, -mean + 1.96 * error), self.calculus.normaliser)
@@ -243,10 +243,10 @@ class _Product:
 
 
 class _Keys:
-    """Keys of the evaluation stream for one check, none used twice."""
+    """Keys of the evaluation stream for the check at one step, none used twice."""
 
-    def __init__(self, index: int) -> None:
-        self._next = 64 * index
+    def __init__(self, step: int) -> None:
+        self._next = 64 * step
 
     def next(self) -> int:
         """A fresh key."""

@@ -74,7 +74,7 @@ def neutral(fit: Fit, num_samples: int = 1000) -> Neutral:
     exported = from_program(fit.program, fit.x, num_samples=num_samples, seed=settings.seed)
     exported.attrs.update(
         family=repr(settings.family) if _of_family(fit.program.guide) else "none: the guide was given",
-        objective=repr(settings.objective),
+        objective=repr(settings.bound()),
         outcome=fit.verdict.outcome,
         engine=fit.engine_name,
         steps=fit.state.step,

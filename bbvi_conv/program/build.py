@@ -214,7 +214,13 @@ def _eager_pass(
         if minibatch and rows is not None:
             stack.enter_context(Rows(minibatch.plate, rows))
         if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
-            guide(*args, **kwargs)
+            try:
+                guide(*args, **kwargs)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"{type(guide).__name__} cannot be made for this model: {error}; "
+                    "use a vectorized plate or range(), or write a guide"
+                ) from error
 
         def run() -> tuple[Trace, Trace]:
             drawn = guide_trace(guide, args, kwargs)
@@ -288,12 +294,13 @@ def _plate(eager: _Pass, name: str) -> Any:
 def _check_subsampling(eager: _Pass, minibatch: Minibatch | None) -> None:
     for trace in (eager.guide_trace, eager.model_trace):
         for name, site in trace.nodes.items():
-            if is_plate(site) and site["fn"].subsample_size not in (None, site["fn"].size):
-                if minibatch is None or name != minibatch.plate:
-                    raise ValueError(
-                        f"plate {name!r} subsamples {site['fn'].subsample_size} of {site['fn'].size} rows; "
-                        f'pass minibatch=Minibatch({site["fn"].subsample_size}, plate="{name}")'
-                    )
+            if not is_plate(site) or (minibatch is not None and name == minibatch.plate):
+                continue
+            size, part = site["fn"].size, site["fn"].subsample_size
+            if part not in (None, size):
+                raise ValueError(
+                    f'plate {name!r} subsamples {part} of {size} rows; pass minibatch=Minibatch({part}, plate="{name}")'
+                )
 
 
 def _check_local_latents(eager: _Pass, minibatch: Minibatch, by_index: bool) -> None:

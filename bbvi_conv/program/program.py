@@ -278,7 +278,7 @@ class Program:
         phi_density: Mapping[str, Tensor],
         batch: Batch,
     ) -> tuple[Trace, Trace, Trace]:
-        """Guide trace as drawn, guide trace with the densities of ``phi_density``, model trace; log-probabilities in."""
+        """Guide trace as drawn, guide trace with the densities of ``phi_density``, model trace; densities computed."""
         args = self.positional(batch)
         if self.untaped:
             tape.uniforms = UNTAPED_SEED
@@ -303,7 +303,7 @@ class Program:
         return drawn, guide, model
 
     def _density(self, site: dict[str, Any]) -> Tensor:
-        """Log-probability of a site by batch dimension, poutine scales in, the minibatch scale of ``plate(N, B)`` out."""
+        """Log-probability of a site by batch dimension, poutine scales in, the scale of ``plate(N, B)`` out."""
         scale = site["scale"]
         if self.by_index and any(f.name == self.plate for f in site["cond_indep_stack"]):
             scale = scale / self.scale

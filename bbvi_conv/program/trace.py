@@ -28,8 +28,11 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(target.dtype).expand(target.shape)
 
 
-DECOMPOSITIONS = {torch.ops.aten.copy.default: _copy, torch.ops.aten.fill.Scalar: torch.full_like}
-"""``aten.copy``, left by functionalised mutation, has no derivative of its own; ``aten.fill`` has no rule under ``vmap``."""
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.copy.default: _copy,
+    torch.ops.aten.fill.Scalar: torch.full_like,
+}
+"""``aten.copy``, left by functionalised mutation, has no derivative of its own; ``aten.fill`` has no ``vmap`` rule."""
 
 
 def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = True) -> GraphModule:
@@ -76,10 +79,11 @@ def _fix_end(node: Node) -> None:
     """Write the end of an open slice into the graph: under ``vmap`` torch overflows on a strided slice without one."""
     if node.target not in _SLICES:
         return
-    for i, argument in enumerate(node.args):
+    args: Any = node.args
+    for i, argument in enumerate(args):
         if isinstance(argument, int) and argument == torch.iinfo(torch.int64).max:
-            whole = node.args[1] if node.target is _SLICES[2] else node.args[0].meta["tensor_meta"].shape
-            node.update_arg(i, whole[node.args[i - 2]])
+            sizes = args[1] if node.target is _SLICES[2] else args[0].meta["tensor_meta"].shape
+            node.update_arg(i, sizes[args[i - 2]])
 
 
 def _first_sentence(error: Exception) -> str:

@@ -1,0 +1,76 @@
+"""Shipped models, loaded by path as the command line does, and what several rooms of the house test against."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+from bbvi_conv.program import Batch, Noise, Program
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+@cache
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"shipped_for_tests_{name}", MODELS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Callable[[str], ModuleType]:
+    """``shipped("eight_schools")``: that model file as a module."""
+    return _load
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Noise]:
+    """``draw(program, *leading, seed=0)``: base noise from a fixed seed."""
+
+    def make(program: Program, *leading: int, seed: int = 0) -> Noise:
+        return program.layout.draw(torch.Generator().manual_seed(seed), *leading, dtype=program.dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def moved() -> Callable[..., Tensor]:
+    """``moved(program)``: parameters some way off the start, where no gradient vanishes by symmetry."""
+
+    def make(program: Program, by: float = 0.1, seed: int = 1) -> Tensor:
+        x = program.initial()
+        return x + by * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pyro_gradient() -> Callable[..., tuple[Tensor, Tensor]]:
+    """``pyro_gradient(program, x, noise, batch)``: loss and flat gradient by Pyro's own ``Trace_ELBO`` at that noise.
+
+    Pyro runs in the same handlers, so its draws come from the same slices of noise; its parameters are the leaves.
+    """
+
+    def compute(program: Program, x: Tensor, noise: Noise, batch: Batch) -> tuple[Tensor, Tensor]:
+        program.write_back(x)
+        with program.handlers(noise, batch):
+            args = program.positional(batch)
+            loss = Trace_ELBO().differentiable_loss(program.model, program.guide, *args, **program.kwargs)
+            leaves = [leaf.tensor for leaf in program.leaves]
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        pairs = zip(grads, leaves, strict=True)
+        flat = [(torch.zeros_like(leaf) if grad is None else grad).reshape(-1) for grad, leaf in pairs]
+        return loss.detach(), torch.cat(flat)
+
+    return compute

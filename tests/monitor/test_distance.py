@@ -1,0 +1,122 @@
+"""The distances from given gradients and matrices: U-statistics in nats, dense and by products, and their refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bbvi_conv.monitor.distance import (
+    RESIDUAL,
+    conjugate_gradient,
+    half_norm,
+    half_norm_by_products,
+    paired_improvement,
+    scaled,
+)
+from bbvi_conv.monitor.intervals import Estimate, unavailable
+
+
+def spd(size: int, condition: float, seed: int = 0) -> Tensor:
+    """A symmetric matrix with eigenvalues from 1 to ``condition``, evenly spaced in log."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    spectrum = torch.logspace(0, math.log10(condition), size, dtype=torch.float64)
+    return basis * spectrum @ basis.T
+
+
+def noisy(mean: Tensor, count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return mean + torch.randn(count, len(mean), generator=generator, dtype=torch.float64)
+
+
+def test_half_norm_is_unbiased_where_the_plain_one_is_not() -> None:
+    size, count, replications = 40, 16, 400
+    matrix = spd(size, 100.0)
+    mean = 0.2 * torch.ones(size, dtype=torch.float64)
+    exact = 0.5 * float(mean @ torch.linalg.solve(matrix, mean))
+    values, plain = [], []
+    for seed in range(replications):
+        gradients = noisy(mean, count, seed)
+        values.append(half_norm(gradients, matrix, "the matrix").value)
+        average = gradients.mean(0)
+        plain.append(0.5 * float(average @ torch.linalg.solve(matrix, average)))
+    u, v = torch.tensor(values), torch.tensor(plain)
+    stderr = float(u.std()) / math.sqrt(replications)
+    assert abs(float(u.mean()) - exact) < 4 * stderr
+    assert float(v.mean()) - exact > 20 * stderr  # the bias tr(A^-1)/2J that U does not have
+
+
+def test_products_agree_with_the_dense_matrix_without_noise() -> None:
+    matrix = spd(60, 10.0)
+    gradient = torch.randn(60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    same = gradient.expand(8, -1)
+    dense = half_norm(same, matrix, "A")
+    products = half_norm_by_products(same, lambda v: matrix @ v, "A")
+    # b'(A^-1 b - x) = r'A^-1 r for conjugate gradients, at most RESIDUAL^2 |b|^2 / smallest eigenvalue
+    slack = 0.5 * RESIDUAL**2 * float(gradient @ gradient)
+    assert dense.value == pytest.approx(0.5 * float(gradient @ torch.linalg.solve(matrix, gradient)), rel=1e-10)
+    assert dense.value - slack <= products.value <= dense.value + 1e-10
+
+
+def test_products_are_unbiased_and_their_interval_covers() -> None:
+    size, count, replications = 30, 32, 400
+    matrix = spd(size, 10.0, seed=3)
+    mean = torch.full((size,), 0.3, dtype=torch.float64)
+    exact = 0.5 * float(mean @ torch.linalg.solve(matrix, mean))
+    found = [
+        half_norm_by_products(noisy(mean, count, seed), lambda v: matrix @ v, "A") for seed in range(replications)
+    ]
+    values = torch.tensor([e.value for e in found])
+    stderr = float(values.std()) / math.sqrt(replications)
+    assert stderr < 0.03 * exact
+    assert abs(float(values.mean()) - exact) < 4 * stderr + RESIDUAL**2 * exact * 10
+    covered = sum(e.low <= exact <= e.high for e in found) / replications
+    assert covered > 0.95 - 4 * math.sqrt(0.95 * 0.05 / replications)
+
+
+@pytest.mark.parametrize("smallest", [-1.0, 0.0])
+def test_a_matrix_that_is_not_positive_definite_gives_a_reason(smallest: float) -> None:
+    matrix = torch.diag(torch.tensor([1.0, 2.0, smallest], dtype=torch.float64))
+    gradients = noisy(torch.ones(3, dtype=torch.float64), 16, 0)
+    for found in (half_norm(gradients, matrix, "H"), half_norm_by_products(gradients, lambda v: matrix @ v, "H")):
+        assert found.value is None
+        assert found.reason.startswith("H ")
+    assert "not positive definite" in half_norm(gradients, matrix, "H").reason
+
+
+def test_conjugate_gradient_says_when_it_gives_up() -> None:
+    matrix = spd(400, 1e8, seed=2)
+    answer = conjugate_gradient(lambda v: matrix @ v, torch.ones(400, dtype=torch.float64))
+    assert isinstance(answer, str)
+    assert "too ill-conditioned" in answer
+    assert conjugate_gradient(lambda v: matrix @ v, torch.zeros(400, dtype=torch.float64)).tolist() == [0.0] * 400
+
+
+def test_the_paired_interval_covers_at_its_level() -> None:
+    size, replications, truth = 64, 1000, 0.02
+    generator = torch.Generator().manual_seed(0)
+    covered, unpaired_wider = 0, 0
+    for _ in range(replications):
+        shared = 3.0 * torch.randn(size, generator=generator, dtype=torch.float64)
+        after = shared + 0.1 * torch.randn(size, generator=generator, dtype=torch.float64)
+        found = paired_improvement(shared + truth, after)
+        covered += found.low <= truth <= found.high
+        unpaired = math.sqrt(float((shared + truth).var() + after.var()) / size)
+        unpaired_wider += 1.96 * unpaired > 10 * (found.high - found.low) / 2
+    stderr = math.sqrt(0.95 * 0.05 / replications)
+    assert abs(covered / replications - 0.95) < 4 * stderr
+    assert unpaired_wider == replications  # what common random numbers are for
+
+
+def test_a_loss_that_is_not_finite_has_no_improvement() -> None:
+    found = paired_improvement(torch.tensor([1.0, 2.0]), torch.tensor([1.0, math.nan]))
+    assert found.value is None
+    assert "lower the step size" in found.reason
+
+
+def test_units_change_numbers_and_leave_reasons() -> None:
+    assert scaled(Estimate(1.0, 0.5, 2.0), 10.0) == Estimate(10.0, 5.0, 20.0)
+    assert scaled(unavailable("why"), 10.0) == unavailable("why")

@@ -1,0 +1,511 @@
+"""Draws, exports and k-hat against a posterior that is known exactly, and against ArviZ itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray
+from pyro.infer.autoguide import AutoDelta
+from scipy import stats
+from torch import Tensor
+from torch.distributions import transform_to
+
+import bbvi_conv as bc
+from bbvi_conv.families import FullRank, MeanField
+from bbvi_conv.posterior import (
+    draw,
+    export,
+    from_program,
+    khat_threshold,
+    neutral,
+    pareto_shape,
+    tail_shape,
+    to_datatree,
+    to_inference_data,
+    write_netcdf,
+)
+from bbvi_conv.posterior.draws import Mapped
+from bbvi_conv.posterior.neutral import plan
+from bbvi_conv.program.build import build
+from bbvi_conv.program.program import Program
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"shipped_{name}", MODELS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+conjugate = load("conjugate_gaussian")
+schools = load("eight_schools")
+
+
+def with_values(program: Program, values: dict[str, Tensor]) -> Tensor:
+    """Flat parameters from constrained values by the end of the leaf's name."""
+    parts = []
+    for leaf in program.leaves:
+        value = next(v for name, v in values.items() if leaf.name.endswith(name))
+        parts.append(transform_to(leaf.constraint).inv(value.to(program.dtype)).reshape(-1))
+    return torch.cat(parts)
+
+
+def gaussian(size: int = 20, dim: int = 3, width: float = 1.0) -> tuple[Program, Tensor, tuple[Tensor, Tensor]]:
+    """The conjugate model, and mean-field parameters at its posterior with all scales times ``width``."""
+    data = conjugate.data(size, dim)
+    program = build(conjugate.model, args=data, family=MeanField())
+    loc, scale = conjugate.posterior(*data)
+    return program, with_values(program, {"locs.z": loc, "scales.z": width * scale}), data
+
+
+def test_at_the_posterior_every_weight_is_the_evidence() -> None:
+    program, x, data = gaussian()
+    draws = draw(program, x, 500, seed=3)
+    assert draws.log_p is not None
+    torch.testing.assert_close(draws.log_p - draws.log_q, conjugate.log_evidence(*data).expand(500), rtol=1e-12, atol=0)
+    assert draws.log_q.std() > 0.5  # the draws do move
+
+
+def test_draws_have_the_posterior_moments() -> None:
+    program, x, data = gaussian()
+    count = 4000
+    z = draw(program, x, count, seed=1).latent["z"]
+    loc, scale = conjugate.posterior(*data)
+    assert ((z.mean(0) - loc).abs() < 4 * scale / count**0.5).all()
+    assert ((z.var(0) / scale**2 - 1).abs() < 4 * (2 / count) ** 0.5).all()
+
+
+def test_log_likelihoods_are_those_of_the_draws() -> None:
+    program, x, (data, noise_scale) = gaussian()
+    draws = draw(program, x, 50, seed=1)
+    z = draws.latent["z"].numpy()
+    expected = stats.norm(z[:, None], noise_scale.numpy()).logpdf(data.numpy()).sum(-1)
+    np.testing.assert_allclose(draws.log_likelihood["x"].numpy(), expected, rtol=1e-12)
+
+
+def test_replicated_data_come_from_the_model_at_each_draw() -> None:
+    program, x, (_, noise_scale) = gaussian()
+    count = 2000
+    draws = draw(program, x, count, seed=2, replicate=True)
+    residual = (draws.replicated["x"] - draws.latent["z"].unsqueeze(1)) / noise_scale
+    assert residual.shape == (count, 20, 3)
+    number = residual.numel()
+    assert residual.mean().abs() < 4 / number**0.5
+    assert (residual.var() - 1).abs() < 4 * (2 / number) ** 0.5
+    correlation = (residual[1:] * residual[:-1]).mean()  # fresh noise for every draw
+    assert correlation.abs() < 4 / number**0.5
+
+
+def test_a_loop_and_a_graph_give_the_same_draws() -> None:
+    data = schools.data()
+    program = build(schools.model, args=data, family=FullRank())
+    x = program.initial()
+    fast = draw(program, x, 20, seed=0, replicate=True)
+    program.obstacles = ("told to",)
+    slow = draw(program, x, 20, seed=0, replicate=True)
+    for group in ("latent", "deterministic", "log_likelihood", "replicated"):
+        ours, theirs = getattr(fast, group), getattr(slow, group)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name])
+    torch.testing.assert_close(fast.log_p, slow.log_p)
+
+
+def test_pieces_do_not_change_the_values() -> None:
+    mapped = Mapped(lambda a, b: {"y": a * b}, [torch.arange(7.0)], [torch.tensor(2.0)], trace=True)
+    whole = mapped([torch.arange(7.0)], [torch.tensor(2.0)])["y"]
+    mapped.piece = 3
+    assert torch.equal(mapped([torch.arange(7.0)], [torch.tensor(2.0)])["y"], whole)
+    assert torch.equal(whole, 2 * torch.arange(7.0))
+
+
+def test_global_state_is_left_as_found() -> None:
+    program, x, _ = gaussian()
+    pyro.get_param_store().clear()
+    pyro.param("mine", torch.tensor(1.0))
+    state, dtype = torch.get_rng_state(), torch.get_default_dtype()
+    from_program(program, x, num_samples=10)
+    tail_shape(program, x, num_samples=100)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() == dtype
+    assert list(pyro.get_param_store().keys()) == ["mine"]
+    pyro.get_param_store().clear()
+
+
+# ---- k-hat ----
+
+
+@pytest.mark.parametrize("shape", [0.3, 0.7, 1.2])
+def test_the_shape_of_pareto_weights_is_found(shape: float) -> None:
+    """w = exp(k E), E exponential, is Pareto with shape k; the fit shrinks to 1/2 with the weight of 10 draws."""
+    log_w = shape * np.random.default_rng(0).standard_exponential(20_000)
+    tail = 3 * math.sqrt(len(log_w))
+    expected = (tail * shape + 5) / (tail + 10)
+    error = (1 + shape) / math.sqrt(tail)
+    assert error < 0.12
+    assert abs(pareto_shape(log_w) - expected) < 3 * error
+
+
+def test_both_generations_of_arviz_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    for shape in (0.3, 0.9):
+        log_w = shape * rng.standard_exponential(4000) - 100.0
+        new = pareto_shape(log_w)
+        monkeypatch.setattr("bbvi_conv.posterior.psis.installed", lambda package: False)
+        old = pareto_shape(log_w)
+        monkeypatch.undo()
+        # the tails differ by one draw or two of 190, so the estimates do by about (1 + k) / 190
+        assert old != new
+        assert abs(old - new) < 5 * (1 + shape) / 190
+
+
+def test_khat_of_the_posterior_itself_is_zero() -> None:
+    program, x, _ = gaussian()
+    estimate = tail_shape(program, x, num_samples=1000)
+    assert estimate[:3] == (0.0, 0.0, 0.0)
+    assert "equal to rounding" in estimate.reason
+
+
+def test_khat_tells_a_narrow_guide_from_a_wide_one() -> None:
+    """With q narrower by s in two dimensions, log w = (1 - s^2) E, E exponential: the shape is 1 - s^2 exactly."""
+    count, shape = 20_000, 1 - 0.4**2
+    program, x, _ = gaussian(dim=2, width=0.4)
+    narrow = tail_shape(program, x, num_samples=count)
+    assert narrow.value is not None
+    tail = 3 * math.sqrt(count)
+    assert abs(narrow.value - (tail * shape + 5) / (tail + 10)) < 3 * (1 + shape) / math.sqrt(tail)
+    assert narrow.value > khat_threshold(count)
+    program, x, _ = gaussian(dim=2, width=1.5)
+    wide = tail_shape(program, x, num_samples=count)
+    assert wide.high is not None
+    assert wide.high < 0.5  # bounded weights
+
+
+def test_the_interval_shrinks_with_the_tail() -> None:
+    program, x, _ = gaussian(dim=1, width=0.5)
+    few, many = (tail_shape(program, x, num_samples=n) for n in (500, 50_000))
+    assert few.high is not None
+    assert many.high is not None
+    assert many.high - many.low < 0.5 * (few.high - few.low)  # type: ignore[operator]
+
+
+def test_khat_is_not_available_without_a_density() -> None:
+    program = build(schools.model, args=schools.data(), guide=None, family=AutoDelta)
+    estimate = tail_shape(program, program.initial())
+    assert estimate.value is None
+    assert "point estimate" in estimate.reason
+
+
+def test_a_non_finite_weight_is_named() -> None:
+    program, x, _ = gaussian()
+    estimate = tail_shape(program, torch.full_like(x, torch.nan), num_samples=100)
+    assert estimate.value is None
+    assert "100 of 100" in estimate.reason
+
+
+# ---- exports ----
+
+
+@pytest.fixture(scope="module")
+def exported() -> Any:
+    program = build(schools.model, args=schools.data(), family=FullRank())
+    return from_program(program, program.initial(), num_samples=500, seed=4)
+
+
+def test_dims_and_coords_come_from_plates(exported: Any) -> None:
+    posterior = exported.groups["posterior"]
+    assert {name: array.dims for name, array in posterior.items()} == {
+        "mu": ("sample",),
+        "tau": ("sample",),
+        "theta_trans": ("sample", "school"),
+        "theta": ("sample", "school"),
+    }
+    assert exported.coords["school"].tolist() == list(range(8))
+    mu, tau, raw, theta = (posterior[n].values for n in ("mu", "tau", "theta_trans", "theta"))
+    np.testing.assert_allclose(theta, mu[:, None] + tau[:, None] * raw)
+    assert (tau > 0).all()
+    y, sigma = schools.data()
+    np.testing.assert_array_equal(exported.groups["observed_data"]["y"].values, y)
+    np.testing.assert_array_equal(exported.groups["constant_data"]["sigma"].values, sigma)
+    assert exported.groups["constant_data"]["sigma"].dims == ("school",)
+    assert exported.groups["log_likelihood"]["y"].dims == ("sample", "school")
+    assert exported.groups["posterior_predictive"]["y"].values.shape == (500, 8)
+    assert exported.attrs["inference_method"] == "variational"
+
+
+def test_event_dimensions_are_named_after_their_site() -> None:
+    program, x, _ = gaussian()
+    groups = from_program(program, x, num_samples=5).groups
+    assert groups["posterior"]["z"].dims == ("sample", "z_dim_0")
+    assert groups["posterior_predictive"]["x"].dims == ("sample", "observation", "x_dim_0")
+    assert groups["log_likelihood"]["x"].dims == ("sample", "observation")
+    assert groups["constant_data"]["noise_scale"].dims == ("noise_scale_dim_0",)
+
+
+def test_both_generations_of_arviz_read_the_export(exported: Any, caplog: pytest.LogCaptureFixture) -> None:
+    import arviz_stats
+
+    old, new = to_inference_data(exported), to_datatree(exported)
+    arviz = export.legacy_arviz()
+    summary, theirs = arviz.summary(old), arviz_stats.summary(new)
+    np.testing.assert_allclose(summary.loc["mu", "mean"], exported.groups["posterior"]["mu"].values.mean(), atol=6e-4)
+    np.testing.assert_allclose(float(theirs.loc["mu", "mean"]), summary.loc["mu", "mean"], atol=6e-3)
+    loo, other = arviz.loo(old, var_name="y", reff=1.0), arviz_stats.loo(new, var_name="y", reff=1.0)
+    assert abs(loo.elpd_loo - other.elpd) < 0.02 * loo.se
+    for group in exported.groups:
+        assert set(new[group].data_vars) == set(old[group].data_vars) == set(exported.groups[group])
+        for name in exported.groups[group]:
+            xarray.testing.assert_equal(new[group][name], old[group][name])
+    assert old.posterior.sizes["chain"] == new["posterior"].sizes["chain"] == 1
+    assert "not a chain" in new.attrs["draws"]
+    assert "length 1" in old.attrs["chain"]
+
+
+def test_netcdf_holds_the_same_and_is_whole_or_absent(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "posterior.nc"
+    write_netcdf(exported, path)
+    with xarray.open_datatree(path, engine="h5netcdf") as tree:
+        assert set(tree.children) == set(exported.groups)
+        np.testing.assert_array_equal(
+            tree["posterior"]["theta"].values[0], exported.groups["posterior"]["theta"].values
+        )
+        assert tree.attrs["inference_library"] == "bbvi_conv"
+        assert tree["posterior"]["theta"].dims == ("chain", "draw", "school")
+    before = path.read_bytes()
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(xarray.DataTree, "to_netcdf", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_netcdf(exported, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["posterior.nc"]
+
+
+# ---- what models may hold ----
+
+
+def run(model: Callable[..., None], *args: Tensor, count: int = 400, **kwargs: Any) -> Any:
+    program = build(model, args=args, family=MeanField(), dtype=torch.float64)
+    return from_program(program, program.initial(), num_samples=count, **kwargs)
+
+
+def test_factors_are_left_out_and_said_so() -> None:
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("penalty", -(z**2))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    out = run(model, torch.zeros(3))
+    assert set(out.groups["log_likelihood"]) == set(out.groups["posterior_predictive"]) == {"y"}
+    assert "penalty" in out.attrs["posterior_predictive"]
+    z, log_p = out.groups["posterior"]["z"].values, out.groups["sample_stats"]["log_p"].values
+    np.testing.assert_allclose(log_p, stats.norm.logpdf(z) - z**2 + 3 * stats.norm.logpdf(z), rtol=1e-10)
+
+
+def test_data_the_tape_cannot_serve_are_drawn_one_by_one() -> None:
+    def model(y: Tensor) -> None:
+        rate = pyro.sample("rate", dist.LogNormal(1.0, 0.1))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    y = torch.tensor([2.0, 3.0, 4.0, 1.0])
+    state = torch.get_rng_state()
+    first, again, other = (run(model, y, seed=s) for s in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    values = first.groups["posterior_predictive"]["y"].values
+    np.testing.assert_array_equal(values, again.groups["posterior_predictive"]["y"].values)
+    assert not np.array_equal(values, other.groups["posterior_predictive"]["y"].values)
+    rate = first.groups["posterior"]["rate"].values
+    pulls = (values - rate[:, None]) / np.sqrt(rate)[:, None]
+    assert abs(pulls.mean()) < 4 / math.sqrt(pulls.size)
+    assert abs((pulls**2).mean() - 1) < 4 * math.sqrt((2 + 1 / rate.mean()) / pulls.size)
+
+
+def test_names_that_files_cannot_hold_get_others() -> None:
+    def model(y: Tensor) -> None:
+        with pyro.plate("y", len(y)):
+            z = pyro.sample("layer/z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=y)
+
+    out = run(model, torch.zeros(3), count=4)
+    assert out.groups["posterior"]["layer.z"].dims == ("sample", "y_dim")
+    to_datatree(out)
+    to_inference_data(out)
+
+
+def test_nested_plates_keep_their_order() -> None:
+    def model(y: Tensor) -> None:
+        col, row = pyro.plate("col", 3, dim=-1), pyro.plate("row", 4, dim=-2)
+        with col:
+            b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with row:
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with row, col:
+            pyro.sample("y", dist.Normal(a + b.sum(-1), 1.0), obs=y)
+
+    groups = run(model, torch.zeros(4, 3), count=6).groups
+    assert groups["posterior"]["a"].dims == ("sample", "row")
+    assert groups["posterior"]["b"].dims == ("sample", "col", "b_dim_0")
+    assert groups["log_likelihood"]["y"].dims == ("sample", "row", "col")
+    assert groups["observed_data"]["y"].dims == ("row", "col")
+
+
+# ---- minibatches ----
+
+ROWS = 49
+
+
+def regression(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+
+def regression_by_index(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", ROWS, subsample_size=7) as rows:
+        pyro.sample("y", dist.Bernoulli(logits=x[rows] @ w), obs=y[rows])
+
+
+@pytest.mark.parametrize(("model", "size"), [(regression, 7), (regression, 10), (regression_by_index, 7)])
+def test_subsampled_global_latents_are_judged_on_all_rows(model: Callable[..., None], size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, 2, generator=generator, dtype=torch.float64)
+    y = (x.sum(1) > 0).double()
+    whole = build(regression, args=(x, y), family=MeanField(), dtype=torch.float64)
+    part = build(
+        model, args=(x, y), family=MeanField(), dtype=torch.float64, minibatch=bc.Minibatch(size, plate="data")
+    )
+    at = whole.initial()
+    ours, theirs = (from_program(p, at, num_samples=30).groups for p in (part, whole))
+    for group, name in (("sample_stats", "log_p"), ("sample_stats", "log_q"), ("log_likelihood", "y")):
+        np.testing.assert_allclose(ours[group][name].values, theirs[group][name].values, rtol=1e-10)
+    assert ours["observed_data"]["y"].values.tolist() == y.tolist()
+    assert tail_shape(part, at, num_samples=500).value == pytest.approx(tail_shape(whole, at, num_samples=500).value)
+
+
+NOISE = 0.8
+
+
+def local_model(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+def local_guide(x: Tensor) -> None:
+    slope = pyro.param("slope", torch.tensor(0.1))
+    scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(slope * x, scale))
+
+
+def local_program(rows: int = 300, size: int = 8, width: float = 1.0) -> tuple[Program, Tensor, Tensor]:
+    """A subsampled program with a latent per row, at its exact posterior but for ``width``."""
+    x = torch.randn(rows, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    minibatch = bc.Minibatch(size, plate="data")
+    program = build(local_model, local_guide, args=(x,), minibatch=minibatch, dtype=torch.float64)
+    precision = 1 + NOISE**-2
+    numbers = {"slope": NOISE**-2 / precision, "scale": width * precision**-0.5}
+    values = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+    return program, with_values(program, values), x
+
+
+def test_local_latents_are_exported_row_by_row() -> None:
+    program, at, x = local_program()
+    out = from_program(program, at, num_samples=200)
+    z = out.groups["posterior"]["z"].values
+    assert z.shape == (200, 300)
+    assert out.coords["data"].tolist() == list(range(300))
+    pulls = (z - (x / (1 + NOISE**2)).numpy()) * math.sqrt(1 + NOISE**-2)
+    assert abs(pulls.mean()) < 4 / math.sqrt(pulls.size)
+    assert abs(pulls.var() - 1) < 4 * math.sqrt(2 / pulls.size)
+    neighbours = (pulls[:, :-8] * pulls[:, 8:]).mean()  # rows of the next part have noise of their own
+    assert abs(neighbours) < 4 / math.sqrt(pulls[:, 8:].size)
+    evidence = stats.norm(0, math.sqrt(1 + NOISE**2)).logpdf(x.numpy()).sum()
+    stat = out.groups["sample_stats"]
+    np.testing.assert_allclose(stat["log_p"].values - stat["log_q"].values, evidence, rtol=1e-10)
+
+
+def test_an_export_beyond_the_cap_keeps_the_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "__kwdefaults__", {"step": 1, "cap": 3 * 100 * 20})
+    program, at, x = local_program()
+    out = from_program(program, at, num_samples=100)
+    assert out.coords["data"].tolist() == list(range(20))
+    assert out.groups["log_likelihood"]["x"].values.shape == (100, 20)
+    np.testing.assert_array_equal(out.groups["observed_data"]["x"].values, x[:20])
+    assert "first 20 of the 300 entries of plate data" in str(out.attrs["size"])
+    assert "20 rows" in str(out.attrs["sample_stats_rows"])
+
+
+def test_without_a_minibatch_the_largest_plate_is_cut() -> None:
+    program = build(local_model, local_guide, args=(torch.arange(50.0),), dtype=torch.float64)
+    draws = draw(program, program.initial(), 10, 0, kept=("data", 5), replicate=True)
+    assert draws.latent["z"].shape == draws.replicated["x"].shape == draws.log_likelihood["x"].shape == (10, 5)
+    whole = draw(program, program.initial(), 10, 0, replicate=True)
+    assert torch.equal(whole.latent["z"][:, :5], draws.latent["z"])
+    assert torch.equal(whole.log_p, draws.log_p)  # type: ignore[arg-type]
+    chosen = plan(program, whole.variables, 10, cap=10 * 3 * 5)
+    assert chosen.kept == ("data", 5)
+    assert plan(program, whole.variables, 10).kept is None
+
+
+def test_units_have_their_own_weights() -> None:
+    program, at, _ = local_program()
+    exact = tail_shape(program, at, num_samples=400)
+    assert exact.value == 0.0
+    program, at, _ = local_program(width=0.4)
+    narrow = tail_shape(program, at, num_samples=4000)
+    assert "median over 104 units" in narrow.reason  # 13 parts of 8 rows make at least 100
+    assert narrow.value is not None
+    eps = np.random.default_rng(0).standard_normal((300, 4000))  # log w of one unit, up to a constant
+    peers = np.array([pareto_shape(0.5 * (1 - 0.4**2) * e**2) for e in eps])
+    error = 1.25 * peers.std() * math.sqrt(1 / 104 + 1 / 300)  # of the difference of two medians
+    assert error < 0.03
+    assert abs(narrow.value - np.median(peers)) < 4 * error
+    assert narrow.low == pytest.approx(np.quantile(peers, 0.05), abs=8 * error)
+    assert narrow.high == pytest.approx(np.quantile(peers, 0.95), abs=8 * error)
+
+
+def test_bad_requests_get_one_sentence() -> None:
+    program, x, _ = gaussian()
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        draw(program, x, 0, 0)
+    with pytest.raises(ValueError, match="rows are for programs with a minibatch"):
+        draw(program, x, 1, 0, torch.arange(3))
+    data = torch.zeros(ROWS, 2), torch.zeros(ROWS)
+    by_index = build(regression_by_index, args=data, family=MeanField(), minibatch=bc.Minibatch(7, plate="data"))
+    with pytest.raises(ValueError, match="takes 7 rows at a time, got 10"):
+        draw(by_index, by_index.initial(), 1, 0, torch.arange(10))
+
+
+def test_a_fit_names_itself() -> None:
+    fit = bc.fit(
+        conjugate.model, args=conjugate.data(20, 2), max_steps=60, window=50, seed=7, progress=False, khat_draws=100
+    )
+    attrs = neutral(fit, 10).attrs
+    assert attrs["outcome"] == fit.verdict.outcome
+    assert attrs["family"] == "MeanField(init_scale=0.1)"
+    assert attrs["objective"] == repr(fit.settings.bound())
+    assert attrs["seed"] == 7
+    assert set(fit.sample(5)) == {"z"}
+    assert fit.to_arviz(10).posterior.sizes["draw"] == 10
