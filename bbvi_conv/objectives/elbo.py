@@ -79,12 +79,14 @@ class ELBO(StockLoss):
 
     def from_terms(self, terms: Terms, *, scale: float, score: bool) -> Tensor:
         """Scalar loss from terms with M in front; ``score`` adds the surrogate of non-pathwise sites."""
-        bounds = scale * (terms.log_p - terms.log_q).sum(-1) + terms.free
+        units = scale * (terms.log_p - terms.log_q)
+        bounds = units.sum(-1) + terms.free
         surrogate = bounds
-        if score:
-            fixed = bounds.detach()
-            others = (fixed.sum() - fixed) / (len(fixed) - 1) if len(fixed) > 1 else fixed * 0
-            surrogate = bounds + (fixed - others) * terms.score.sum(-1)
+        if score:  # unit by unit: what the draws of one unit cannot change is no signal for them
+            fixed = units.detach()
+            others = (fixed.sum(0) - fixed) / (len(fixed) - 1) if len(fixed) > 1 else fixed * 0
+            own = 0.0 if self.split else scale  # takes back the gradient of log q itself: its mean is zero
+            surrogate = bounds + ((fixed - others + own) * terms.score).sum(-1)
         return -(bounds.detach() + surrogate - surrogate.detach()).mean()
 
     def quietest(self) -> ELBO:

@@ -26,7 +26,8 @@ from bbvi_conv.program.structure import (
     analyse,
     check_finite,
     check_guide,
-    check_supports,
+    check_site,
+    is_deterministic,
     is_plate,
     random_sites,
 )
@@ -81,8 +82,9 @@ def build(
     """
     if (guide is None) == (family is None):
         raise ValueError("give either a guide or a family, not both" if guide else "a guide or a family is needed")
-    check_finite((f"positional argument {i}", a) for i, a in enumerate(args))
     kwargs = dict(kwargs or {})
+    check_finite((f"positional argument {i}", a) for i, a in enumerate(args))
+    check_finite((f"keyword argument {name!r}", a) for name, a in kwargs.items())
     device = torch.device(device)
     small = device.type == "cpu" and minibatch is None
     attempts = [dtype] if dtype is not None else [torch.float64, torch.float32] if small else [torch.float32]
@@ -179,19 +181,22 @@ def _build(
     return program
 
 
-class _RefuseMissing(Messenger):  # type: ignore[misc]
-    """Name a latent of the model that the guide does not draw, before Pyro samples it from the prior."""
+class _CheckSites(Messenger):  # type: ignore[misc]
+    """Name a latent that the guide does not draw, and a value that does not fit its site, before Pyro goes on with it."""
 
     def __init__(self, drawn: set[str]) -> None:
         super().__init__()
         self.drawn = drawn
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not is_plate(msg) and msg["name"] not in self.drawn:
+        if is_plate(msg) or is_deterministic(msg):
+            return
+        if not msg["is_observed"] and msg["name"] not in self.drawn:
             raise ValueError(
                 f"the guide has no sample site {msg['name']!r}, a latent of the model; "
                 "add it to the guide or observe it"
             )
+        check_site(msg)
 
 
 def _eager_pass(
@@ -224,14 +229,13 @@ def _eager_pass(
 
         def run() -> tuple[Trace, Trace]:
             drawn = guide_trace(guide, args, kwargs)
-            with _RefuseMissing({s["name"] for s in random_sites(drawn)}):
+            with _CheckSites({s["name"] for s in random_sites(drawn)}):
                 return drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
 
         run()  # parameters that start at random are made here, off the tape
         tape = stack.enter_context(taped(Tape(None, {})))
         drawn, model_trace = run()
         check_guide(drawn, model_trace)
-        check_supports(model_trace)
         drawn.compute_log_prob()
         model_trace.compute_log_prob()
     return _Pass(guide, drawn, model_trace, tape, store, modules)
