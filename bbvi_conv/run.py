@@ -129,7 +129,7 @@ class OnLook(Protocol):
 
 
 def returned(state: FitState, settings: Settings) -> Tensor:
-    """The parameters a run returns: the mean iterate of the last window, or of the one before while this one is short."""
+    """The parameters a run returns: the mean iterate of the last window, or of the one before while it is short."""
     carry = state.carry
     if settings.average == "last" or int(carry.bad) >= 0:
         return carry.x

@@ -122,7 +122,7 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
         bad = khat.value is not None and khat_threshold is not None and khat.value > khat_threshold
         if bad:
             reasons.append(
-                f"k-hat {show(khat, '')} is above {khat_threshold:.2f}: use a richer family, or reparameterise the model"
+                f"k-hat {show(khat, '')} is above {khat_threshold:.2f}: use a richer family or reparameterise the model"
             )
             return Verdict("wrong_family", tuple(reasons))
         against = "" if khat_threshold is None else f" (threshold {khat_threshold:.2f})"
@@ -152,7 +152,9 @@ def _why_none(evidence: Evidence) -> str:
 def _worst_fall(evidence: Evidence, tolerance: float) -> float | None:
     """Largest fall of the bound over one of the last windows that is significantly above the tolerance, negative."""
     recent = [c.improvement for c in evidence.checks[-DOUBLINGS:]]
-    return min((e.value for e in recent if e.value is not None and e.high is not None and e.high < -tolerance), default=None)
+    return min(
+        (e.value for e in recent if e.value is not None and e.high is not None and e.high < -tolerance), default=None
+    )
 
 
 def _not_done(evidence: Evidence, tolerance: float) -> Outcome:

@@ -123,9 +123,15 @@ class Judge:
         natural, gap = self._distances(x, keys)
         return Check(step, gap, natural, improvement, bound)
 
+    @staticmethod
+    def _draws(calculus: Calculus, first: int | None = None) -> tuple[int, int]:
+        """Draws to begin with, and at most: fewer where each evaluation is dear or they run one by one."""
+        if first is not None:
+            return first, 4 * first
+        return (FIRST_DRAWS, MOST_DRAWS) if calculus.vectorise else (FIRST_DRAWS // 4, MOST_DRAWS // 16)
+
     def _compare(self, x: Tensor, previous: Tensor | None, keys: _Keys) -> tuple[Tensor, Estimate]:
-        count = FIRST_DRAWS if len(x) <= LARGE else 32
-        most = MOST_DRAWS if len(x) <= LARGE else 128
+        count, most = self._draws(self.compared, 32 if len(x) > LARGE else None)
         losses, before = x.new_zeros(0), x.new_zeros(0)
         while True:
             feed = self._feed(self.compared, "evaluate", keys.next(), count - len(losses))
@@ -142,7 +148,7 @@ class Judge:
     def _distances(self, x: Tensor, keys: _Keys) -> tuple[Estimate, Estimate]:
         program, factor = self.calculus.program, self.calculus.normaliser
         large = len(x) > DENSE
-        count, most = (FIRST_DRAWS, MOST_DRAWS) if not large else (self.count, self.count)
+        count, most = (self.count, self.count) if large else self._draws(self.cheap)
         control = None if large else self._control(x, keys)
         feed = self._feed(self.cheap, "evaluate", keys.next(), count)
         grads, _ = self.cheap.gradients(x, feed)

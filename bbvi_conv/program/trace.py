@@ -44,14 +44,21 @@ def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = 
         functional: take mutation out; not needed for a function made of such graphs.
 
     Raises:
-        Untraceable: if Python's flow depends on values, or a random operation remains.
+        Untraceable: if Python's flow or a shape depends on values, or a random operation remains.
     """
     try:
         pure = torch.func.functionalize(function, remove="mutations") if functional else function
         graph: GraphModule = make_fx(pure, decomposition_table=DECOMPOSITIONS)(*example)
     except Exception as error:
         raise Untraceable(_first_sentence(error)) from error
+    for node, value in zip(graph.graph.find_nodes(op="placeholder"), example, strict=True):
+        node.meta["tensor_meta"] = value.to("meta")
+    varying: set[Node] = set()
     for node in graph.graph.nodes:
+        if node.op == "placeholder" or varying.intersection(node.all_input_nodes):
+            varying.add(node)
+        if _shape_varies(node, varying):
+            raise Untraceable(f"the shape of a result depends on values, as with a boolean mask ({node.target})")
         tags = getattr(node.target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags:
             raise Untraceable(f"random operation {node.target} is not on the noise tape")
@@ -61,6 +68,22 @@ def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = 
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _meta(node: Node) -> Any:
+    """What knows dtype and shape of a node: its metadata, or the constant it stands for."""
+    known = node.meta.get("tensor_meta")
+    return known if known is not None else getattr(node.graph.owning_module, str(node.target))
+
+
+def _shape_varies(node: Node, varying: set[Node]) -> bool:
+    """Whether the result has a shape that only the values of this run tell."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    deciding = node.all_input_nodes
+    if node.target is torch.ops.aten.index.Tensor:  # only a mask decides on a shape, indices do not
+        deciding = [n for n in deciding[1:] if _meta(n).dtype in (torch.bool, torch.uint8)]
+    return bool(varying.intersection(deciding))
 
 
 def _fix_dtype(node: Node) -> None:
@@ -82,7 +105,7 @@ def _fix_end(node: Node) -> None:
     args: Any = node.args
     for i, argument in enumerate(args):
         if isinstance(argument, int) and argument == torch.iinfo(torch.int64).max:
-            sizes = args[1] if node.target is _SLICES[2] else args[0].meta["tensor_meta"].shape
+            sizes = args[1] if node.target is _SLICES[2] else _meta(args[0]).shape
             node.update_arg(i, sizes[args[i - 2]])
 
 
