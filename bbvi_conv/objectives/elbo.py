@@ -72,7 +72,9 @@ class ELBO(Objective):
         check_count("num_particles", self.num_particles)
         check_estimator(self.estimator, (PATHWISE, STICKING))
         if self.analytic_kl and self.estimator == STICKING:
-            raise ValueError("an analytic KL has no density to detach: use the pathwise estimator with analytic_kl=True")
+            raise ValueError(
+                "an analytic KL has no density to detach: use the pathwise estimator with analytic_kl=True"
+            )
 
     @property
     def draws(self) -> int:
@@ -94,8 +96,8 @@ class ELBO(Objective):
         return even, even
 
     def quietest(self) -> ELBO:
-        """Sticking the landing: same expectation, no variance where q is the posterior (at a KL weight of one)."""
-        return replace(self, estimator=STICKING, analytic_kl=False)
+        """Sticking the landing: same expectation, no variance where q is the posterior; itself with an analytic KL."""
+        return self if self.analytic_kl else replace(self, estimator=STICKING)
 
     def single(self) -> ELBO:
         """One draw instead of M: the same gradient in expectation."""
@@ -103,4 +105,4 @@ class ELBO(Objective):
 
     def plain(self) -> ELBO:
         """One pathwise draw."""
-        return replace(self, num_particles=1, estimator=PATHWISE, analytic_kl=False)
+        return replace(self, num_particles=1, estimator=PATHWISE)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from bbvi_conv.objectives.stock import StockLoss
 from bbvi_conv.objectives.weights import learning_signals
-from bbvi_conv.program.program import Terms
+from bbvi_conv.program.terms import Terms
 
 if TYPE_CHECKING:
     from bbvi_conv.program.program import Program
+    from bbvi_conv.program.structure import Structure
 
 PATHWISE = "pathwise"
 STICKING = "sticking-the-landing"
@@ -91,6 +92,8 @@ class Objective(StockLoss):
 
     kl_weight: KlWeight = 1.0
     analytic_kl: bool = False
+    conservative: bool = True
+    """Whether the estimator is the gradient of one function, which then has a Hessian."""
 
     @property
     def split(self) -> bool:
@@ -106,7 +109,7 @@ class Objective(StockLoss):
             score: whether some site has no pathwise gradient.
         """
         if self.split:
-            return self._detached_density(evaluate, scale)
+            return self._detached_density(evaluate, scale, score)
         terms = evaluate()
         log_w = self._log_weights(terms, evaluate.step)
         value = scale * self.bound(log_w).sum() + terms.free.mean()
@@ -116,12 +119,14 @@ class Objective(StockLoss):
             surrogate = value + scale * (signals * terms.score).sum()
         return -(value.detach() + surrogate - surrogate.detach())
 
-    def _detached_density(self, evaluate: Evaluation, scale: float) -> Tensor:
+    def _detached_density(self, evaluate: Evaluation, scale: float, score: bool) -> Tensor:
         drawn = evaluate(theta=False, density=False)
         log_w = self._log_weights(drawn, evaluate.step)
         value, free = scale * self.bound(log_w).sum(), drawn.free.mean()
         for_model, for_draw = self.weights(log_w.detach())
         surrogate = scale * (for_draw * log_w).sum()
+        if score:
+            surrogate = surrogate + scale * (learning_signals(self.bound, log_w.detach()) * drawn.score).sum()
         if evaluate.has_theta:
             modelled = evaluate(phi=False, density=False)
             free = modelled.free.mean()
@@ -148,22 +153,39 @@ class Objective(StockLoss):
         Raises:
             ValueError: naming the plate, parameter or site and the way out.
         """
+        subsampled = [] if program.plate is None else [program.plate]
+        shared = [leaf.name for leaf in program.leaves if leaf.group == "shared"]
+        self._refuse(program.structure, subsampled, shared)
+
+    def refuse_stock(self, structure: Structure, subsampled: list[str], shared: list[str]) -> None:
+        """The same in a stock loop, where there is no step number either.
+
+        Raises:
+            ValueError: naming the plate, parameter, site or option and the way out.
+        """
+        if callable(self.kl_weight):
+            raise ValueError("a schedule of kl_weight needs the step number: use bbvi_conv.fit, or a number per phase")
+        if self.analytic_kl:
+            raise ValueError("analytic_kl needs bbvi_conv.fit; in a stock loop use pyro.infer.TraceMeanField_ELBO")
+        self._refuse(structure, subsampled, shared)
+
+    def _refuse(self, structure: Structure, subsampled: list[str], shared: list[str]) -> None:
         name = type(self).__name__
-        if not self.linear and program.plate is not None and program.plate not in program.structure.unit:
+        outside = [plate for plate in subsampled if plate not in structure.unit]
+        if outside and not self.linear:
             raise ValueError(
-                f"{name} has no unbiased estimator when plate {program.plate!r} is subsampled and a latent site lies outside "
-                f"it: the units are {program.structure.describe()}; use the ELBO, or all rows"
+                f"{name} has no unbiased estimator when plate {outside[0]!r} is subsampled and a latent site lies outside "
+                f"it ({structure.describe()}); use the ELBO, or all rows"
             )
         if self.estimator != DOUBLY:
             return
-        shared = [leaf.name for leaf in program.leaves if leaf.group == "shared"]
         if shared:
             raise ValueError(
                 f"{name} cannot be doubly reparameterised: model and guide share parameter {shared[0]!r}; "
                 f'use estimator="{PATHWISE}"'
             )
-        if program.structure.score_sites:
+        if structure.score_sites:
             raise ValueError(
-                f"{name} cannot be doubly reparameterised: site {program.structure.score_sites[0]!r} has no pathwise "
+                f"{name} cannot be doubly reparameterised: site {structure.score_sites[0]!r} has no pathwise "
                 f'gradient; use estimator="{PATHWISE}", which gives it the score function'
             )

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bbvi_conv.objectives.importance import IWAE, MIWAE
 from bbvi_conv.objectives.objective import PATHWISE, Evaluation, Objective
-from bbvi_conv.program.program import Terms
+from bbvi_conv.program.terms import Terms
 
 if TYPE_CHECKING:
-    from bbvi_conv.program.program import Program
+    from bbvi_conv.program.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Pair(Objective):
 
     theta: Objective
     phi: Objective
+
+    conservative = False
 
     @property
     def estimator(self) -> str:  # type: ignore[override]
@@ -73,17 +75,11 @@ class Pair(Objective):
         """Theta's bound, pathwise."""
         return self.theta.plain()
 
-    def validate(self, program: Program) -> None:
-        """Refuse shared parameters, and what either member refuses.
-
-        Raises:
-            ValueError: naming the parameter.
-        """
-        shared = [leaf.name for leaf in program.leaves if leaf.group == "shared"]
+    def _refuse(self, structure: Structure, subsampled: list[str], shared: list[str]) -> None:
         if shared:
             raise ValueError(f"Pair cannot tell whose parameter {shared[0]!r} is: model and guide share it")
-        self.theta.validate(program)
-        self.phi.validate(program)
+        self.theta._refuse(structure, subsampled, shared)
+        self.phi._refuse(structure, subsampled, shared)
 
 
 class _Only:
