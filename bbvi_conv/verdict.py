@@ -122,7 +122,7 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
         bad = khat.value is not None and khat_threshold is not None and khat.value > khat_threshold
         if bad:
             reasons.append(
-                f"k-hat {show(khat, '')} is above {khat_threshold:.2f}: use a richer family, or reparameterise the model"
+                f"k-hat {show(khat, '')} is above {khat_threshold:.2f}: use a richer family, or reparameterise"
             )
             return Verdict("wrong_family", tuple(reasons))
         against = "" if khat_threshold is None else f" (threshold {khat_threshold:.2f})"

@@ -38,7 +38,9 @@ def ours(optimiser: Optimiser, grads: Tensor) -> Tensor:
     return torch.stack(path)
 
 
-def torchs(make: Callable[..., torch.optim.Optimizer], size: Callable[[int], float], grads: Tensor, **options: Any) -> Tensor:
+def torchs(
+    make: Callable[..., torch.optim.Optimizer], size: Callable[[int], float], grads: Tensor, **options: Any
+) -> Tensor:
     x = torch.nn.Parameter(torch.ones(grads.shape[1], dtype=grads.dtype))
     optimiser, path = make([x], lr=1.0, **options), []
     for n, grad in enumerate(grads, start=1):
@@ -75,7 +77,9 @@ def test_sgd_is_torchs(rule: Any, formula: Callable[[int], float]) -> None:
 @pytest.mark.parametrize(("rule", "formula"), RULES, ids=lambda rule: type(rule).__name__)
 def test_step_sizes(rule: Any, formula: Callable[[int], float]) -> None:
     for n in (1, 2, 7, 30, 1000):
-        assert float(rule(torch.tensor(float(n), dtype=torch.float64))) == pytest.approx(formula(n), rel=1e-12, abs=1e-15)
+        assert float(rule(torch.tensor(float(n), dtype=torch.float64))) == pytest.approx(
+            formula(n), rel=1e-12, abs=1e-15
+        )
         assert rule(torch.tensor(float(n))).dtype == torch.float32
 
 

@@ -35,7 +35,12 @@ def evidence(
 TABLE: list[tuple[str, Evidence, Estimate, Outcome]] = [
     ("gap under the tolerance, nothing gained", evidence((FAR, FIRST), (TINY, ZERO)), GOOD, "converged"),
     ("a gain that is not significant", evidence((FAR, FIRST), (TINY, VAGUE)), GOOD, "converged"),
-    ("even if the iterates have a noise floor", evidence((FAR, FIRST), (TINY, ZERO), trend="plateau"), GOOD, "converged"),
+    (
+        "even if the iterates have a noise floor",
+        evidence((FAR, FIRST), (TINY, ZERO), trend="plateau"),
+        GOOD,
+        "converged",
+    ),
     ("k-hat unknown", evidence((FAR, FIRST), (TINY, ZERO)), unavailable("no"), "converged"),
     ("three quiet windows without a gap", evidence((NONE, FIRST), *[(NONE, ZERO)] * 3), GOOD, "converged"),
     ("k-hat too large", evidence((FAR, FIRST), (TINY, ZERO)), BAD, "wrong_family"),

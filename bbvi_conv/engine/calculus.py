@@ -116,7 +116,7 @@ class Calculus:
             return _grad(grad @ v, x) if grad.requires_grad else torch.zeros_like(x)
 
     def _fisher_product(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor, v: Tensor) -> Tensor:
-        """Minus the Hessian of log q in the density's parameters, at the fixed draw: its mean is the Fisher information."""
+        """Minus the Hessian of log q in the density's parameters at the fixed draw: in mean, the Fisher information."""
         theta, phi = self.program.split(x.detach())
         with torch.enable_grad():
             y = x.detach().requires_grad_()
@@ -175,7 +175,7 @@ class Calculus:
         return torch.cat(results)
 
     def gradients(self, x: Tensor, feed: Feed, *, step: float = math.inf) -> tuple[Tensor, Tensor]:
-        """J independent gradients ``(J, P)`` and losses ``(J,)`` at the same ``x``; schedules as at ``step``, or at their end."""
+        """J independent gradients ``(J, P)`` and losses ``(J,)`` at ``x``; schedules as at ``step``, or at the end."""
         grads, losses = self._map("_gradient", x, feed, step)
         return grads, losses
 

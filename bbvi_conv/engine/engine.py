@@ -17,7 +17,7 @@ from bbvi_conv.program.trace import to_graph
 
 
 class Carry(NamedTuple):
-    """State between steps: iterate ``x`` ``(P,)``, optimiser ``state``, window ``average``, ``step``, first ``bad`` step.
+    """State between steps: iterate ``x`` ``(P,)``, optimiser ``state``, window ``average``, ``step``, first ``bad``.
 
     ``bad`` is -1 while everything is finite; from the first non-finite loss or gradient on, the carry is frozen.
     """

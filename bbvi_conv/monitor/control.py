@@ -46,7 +46,7 @@ class Control(NamedTuple):
     coefficients: Tensor
 
     def quiet(self, gradients: Tensor, noise: Noise) -> Tensor:
-        """Gradients ``(J, P)`` less their controls: the same mean, whatever the coefficients, if those are independent."""
+        """Gradients ``(J, P)`` less their controls: the same mean, if the coefficients are independent of them."""
         found = features(noise)
         return gradients if found is None else gradients - found @ self.coefficients
 

@@ -32,30 +32,30 @@ AT_ONCE = 10_000_000
 
 
 class Moments(NamedTuple):
-    """Running sums over draws: ``count``, ``total`` ``(P,)``, ``squares`` ``(P,)``; float64."""
+    """Running sums over draws: ``number``, ``total`` ``(P,)``, ``squares`` ``(P,)``; float64."""
 
-    count: int
+    number: int
     total: Tensor
     squares: Tensor
 
     def add(self, gradients: Tensor) -> Moments:
         """With the draws ``(J, P)`` as well; this one stays as it was."""
         wide = gradients.to(torch.float64)
-        return Moments(self.count + len(wide), self.total + wide.sum(0), self.squares + (wide * wide).sum(0))
+        return Moments(self.number + len(wide), self.total + wide.sum(0), self.squares + (wide * wide).sum(0))
 
     def join(self, other: Moments) -> Moments:
         """Both together."""
-        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+        return Moments(self.number + other.number, self.total + other.total, self.squares + other.squares)
 
     @property
     def mean(self) -> Tensor:
         """Mean ``(P,)``."""
-        return self.total / self.count
+        return self.total / self.number
 
     @property
     def variance(self) -> Tensor:
         """Unbiased variance of each parameter ``(P,)``."""
-        return ((self.squares - self.total * self.mean) / (self.count - 1)).clamp(min=0.0)
+        return ((self.squares - self.total * self.mean) / (self.number - 1)).clamp(min=0.0)
 
 
 def no_moments(size: int) -> Moments:
@@ -169,7 +169,7 @@ def measure(calculus: Calculus, x: Tensor, num_estimates: int, seed: int, target
     per = _by_leaf(program, whole.mean.abs() / spread)
     mean = _by_leaf(program, whole.mean)
     return SignalToNoise(
-        found.get("theta"), found.get("phi"), found["total"], per, mean, whole.count, calculus.objective
+        found.get("theta"), found.get("phi"), found["total"], per, mean, whole.number, calculus.objective
     )
 
 
@@ -199,12 +199,13 @@ def _directional(gradients: Tensor, direction: Tensor) -> Tensor:
     unit = direction / direction.norm()
     along = gradients @ unit
     across = (gradients - along.unsqueeze(-1) * unit).norm(dim=-1)
-    return along.abs() / across
+    ratio: Tensor = along.abs() / across
+    return ratio
 
 
 def _squared_norm(moments: Moments, part: slice) -> tuple[float, float]:
     """U and tr Sigma of a group, from sums alone."""
-    n, total, squares = moments.count, moments.total[part], moments.squares[part]
+    n, total, squares = moments.number, moments.total[part], moments.squares[part]
     return float((total @ total - squares.sum()) / (n * (n - 1))), float(moments.variance[part].sum())
 
 
@@ -215,7 +216,7 @@ def _group(blocks: list[Moments], part: slice, ratios: Tensor, target: Tensor | 
 
     def rmse(moments: Moments) -> float:
         assert target is not None
-        distance = (moments.squares[part] - 2 * target * moments.total[part]) / moments.count + target * target
+        distance = (moments.squares[part] - 2 * target * moments.total[part]) / moments.number + target * target
         return math.sqrt(max(float(distance.sum()), 0.0))
 
     whole = _joined(blocks)

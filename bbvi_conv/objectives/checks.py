@@ -23,7 +23,7 @@ def check_estimator(estimator: str, valid: Sequence[str]) -> None:
     """
     if estimator not in valid:
         raise ValueError(
-            f"unknown or invalid estimator {estimator!r} for this objective; choose one of {', '.join(valid)}"
+            f"unknown estimator {estimator!r} for this objective; choose one of {', '.join(valid)}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -13,16 +14,23 @@ from bbvi_conv.objectives.importance import CIWAE, IWAE, MIWAE, VRIWAE
 class LookLike(Protocol):
     """What a schedule reads of a look: its step, and U and the noise of phi."""
 
-    step: int
-    phi: Any
+    @property
+    def step(self) -> int:
+        """Steps made."""
+        ...
+
+    @property
+    def phi(self) -> Any:
+        """Squared gradient norm of phi with its ``value`` and ``trace_sigma``, or None."""
+        ...
 
 
 @dataclass(frozen=True)
 class GrowingParticles:
-    r"""The objective with K multiplied by ``factor`` at every ``every``-th step, up to ``stop``.
+    r"""The objective with K multiplied by ``factor`` every ``every`` steps, up to ``stop``.
 
-    With ``snr`` the raise happens only if the latest look before found phi's signal-to-noise ratio
-    :math:`\sqrt{U / \operatorname{tr}\Sigma}` of one gradient at ``snr`` or above: K grows as long as phi can afford it.
+    With ``snr`` the raise happens only if the latest look before it found phi's signal-to-noise ratio
+    :math:`\sqrt{U / \operatorname{tr}\Sigma}` of one gradient at ``snr`` or above: K grows while phi can afford it.
     A resumed run makes the same choices, since they follow from steps and looks alone. For :func:`bbvi_conv.fit` only.
 
     Args:
@@ -73,4 +81,4 @@ def _signal(looks: Sequence[LookLike], before: int) -> float:
     past = [look.phi for look in looks if look.step < before and look.phi is not None]
     if not past or past[-1].trace_sigma <= 0.0:
         return 0.0
-    return float(max(past[-1].value, 0.0) / past[-1].trace_sigma) ** 0.5
+    return math.sqrt(max(past[-1].value, 0.0) / past[-1].trace_sigma)

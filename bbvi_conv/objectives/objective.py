@@ -101,7 +101,7 @@ class Objective(StockLoss):
         return self.estimator != PATHWISE
 
     def surrogate(self, evaluate: Evaluation, *, scale: float = 1.0, score: bool = False) -> Tensor:
-        """Scalar ``()`` loss: its value is the negative bound in nats, summed over the data; its gradient the estimator's.
+        """Scalar ``()`` loss: in value the negative bound, in nats summed over the data; in gradient the estimator's.
 
         Args:
             evaluate: the draws.
@@ -116,6 +116,8 @@ class Objective(StockLoss):
         surrogate = value
         if score:
             signals = learning_signals(self.bound, log_w.detach())
+            if self.linear:  # takes back the gradient of these sites' own log q: its mean is zero
+                signals = signals + self._kl(evaluate.step) * self.weights(log_w.detach())[1]
             surrogate = value + scale * (signals * terms.score).sum()
         return -(value.detach() + surrogate - surrogate.detach())
 
@@ -136,11 +138,13 @@ class Objective(StockLoss):
     def _log_weights(self, terms: Terms, step: Tensor) -> Tensor:
         if isinstance(self.kl_weight, float) and self.kl_weight == 1.0:
             return terms.log_p - terms.log_q
-        weight = self.kl_weight(step) if callable(self.kl_weight) else self.kl_weight
-        return terms.log_p - terms.log_prior + weight * (terms.log_prior - terms.log_q)
+        return terms.log_p - terms.log_prior + self._kl(step) * (terms.log_prior - terms.log_q)
+
+    def _kl(self, step: Tensor) -> Tensor | float:
+        return self.kl_weight(step) if callable(self.kl_weight) else self.kl_weight
 
     def at(self, step: int, looks: Any) -> Objective:
-        """The objective in force after ``step`` steps and these looks; itself, but for schedules of the number of draws."""
+        """The objective in force after ``step`` steps and these looks: itself, but for a schedule."""
         return self
 
     def next_change(self, step: int) -> int | None:
@@ -174,8 +178,8 @@ class Objective(StockLoss):
         outside = [plate for plate in subsampled if plate not in structure.unit]
         if outside and not self.linear:
             raise ValueError(
-                f"{name} has no unbiased estimator when plate {outside[0]!r} is subsampled and a latent site lies outside "
-                f"it ({structure.describe()}); use the ELBO, or all rows"
+                f"{name} has no unbiased estimator when plate {outside[0]!r} is subsampled and a latent site lies "
+                f"outside it ({structure.describe()}); use the ELBO, or all rows"
             )
         if self.estimator != DOUBLY:
             return

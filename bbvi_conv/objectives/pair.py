@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Pair(Objective):
     r"""Theta follows the gradient of one bound, phi that of another; the reported bound is theta's.
 
-    The draws are shared: the objective with fewer uses the first of them. With different bounds the pair is the gradient of
-    no single function, so it has no Hessian and no remaining gap.
+    The draws are shared: the objective with fewer uses the first of them. With different bounds the pair is the
+    gradient of no single function, so it has no Hessian and no remaining gap.
 
     Args:
         theta: bound whose gradient moves the generative parameters.
@@ -96,7 +96,7 @@ class _Only:
         return Terms(*(part[: self._draws] for part in terms))
 
 
-def PIWAE(num_groups: int = 8, num_particles: int = 8, estimator: str = PATHWISE) -> Pair:  # noqa: N802
+def PIWAE(num_groups: int = 8, num_particles: int = 8, estimator: str = PATHWISE) -> Pair:
     r"""Theta on :math:`IWAE_{MK}`, phi on :math:`MIWAE_{M,K}`, over the same M K draws.
 
     Args:

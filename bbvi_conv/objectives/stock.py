@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -128,12 +128,11 @@ class _StockDraws:
                 return found
         except (KeyError, TypeError):
             pass
-        dependent = dependent_sites(self._drawn[0], self._modelled[0], self._run_model)
+        with torch.random.fork_rng(devices=[]):  # one more run of the model must not move the loop's own draws
+            dependent = dependent_sites(self._drawn[0], self._modelled[0], self._run_model)
         found = analyse(self._drawn[0], self._modelled[0], dependent)
-        try:
+        with suppress(TypeError):  # bound methods and the like cannot be remembered
             _STRUCTURES[self._guide] = (weakref.ref(self._model), found)
-        except TypeError:  # bound methods and the like cannot be remembered
-            pass
         return found
 
 

@@ -13,7 +13,7 @@ PerUnit = Callable[[Tensor], Tensor]
 
 
 def renyi(log_w: Tensor, alpha: float) -> Tensor:
-    r""":math:`\tfrac1{1-\alpha} \log \tfrac1K \sum_k w_k^{1-\alpha}`, ``(U,)``; alpha = 0: importance-weighted bound."""
+    r""":math:`\tfrac1{1-\alpha} \log \tfrac1K \sum_k w_k^{1-\alpha}`, ``(U,)``; alpha = 0: the IWAE's."""
     return (torch.logsumexp((1 - alpha) * log_w, 0) - math.log(len(log_w))) / (1 - alpha)
 
 
@@ -25,8 +25,8 @@ def tempered(log_w: Tensor, alpha: float) -> Tensor:
 def learning_signals(bound: PerUnit, log_w: Tensor) -> Tensor:
     r""":math:`\hat L - \hat L_{-k}` ``(K, U)``: what draw k adds to the bound, given the others.
 
-    In :math:`\hat L_{-k}` the log-weight of draw k is replaced by the mean of the others; it does not depend on draw k, so
-    it is a baseline that costs no bias. With one draw there is none.
+    In :math:`\hat L_{-k}` the log-weight of draw k is replaced by the mean of the others; it does not depend on draw
+    k, so it is a baseline that costs no bias. With one draw there is none.
 
     Reference: Mnih and Rezende (2016), "Variational inference for Monte Carlo objectives", section 2.4,
     https://arxiv.org/abs/1602.06725

@@ -182,7 +182,7 @@ def _build(
 
 
 class _CheckSites(Messenger):  # type: ignore[misc]
-    """Name a latent that the guide does not draw, and a value that does not fit its site, before Pyro goes on with it."""
+    """Name a latent that the guide does not draw, and a value that does not fit its site, before Pyro goes on."""
 
     def __init__(self, drawn: set[str]) -> None:
         super().__init__()

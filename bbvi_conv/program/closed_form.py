@@ -17,8 +17,8 @@ from bbvi_conv.program.terms import analytic_kl
 def closed_form_sites(program: Program) -> tuple[str, ...]:
     """Latent sites whose guide and prior depend on no latent, are neither scaled nor masked, and have a known KL.
 
-    For such a site :math:`E_q[\\log p(z) - \\log q(z)] = -KL(q \\| p)` whatever the other sites do. Dependence is read from
-    the autograd graph.
+    For such a site :math:`E_q[\\log p(z) - \\log q(z)] = -KL(q \\| p)` whatever the other sites do. Dependence is read
+    from the autograd graph.
 
     Raises:
         ValueError: if there is no such site.

@@ -11,7 +11,6 @@ import torch
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import constraints
 
 Group = Literal["theta", "phi", "shared"]
 

@@ -66,9 +66,7 @@ def test_products_are_unbiased_and_their_interval_covers() -> None:
     matrix = spd(size, 10.0, seed=3)
     mean = torch.full((size,), 0.3, dtype=torch.float64)
     exact = 0.5 * float(mean @ torch.linalg.solve(matrix, mean))
-    found = [
-        half_norm_by_products(noisy(mean, count, seed), lambda v: matrix @ v, "A") for seed in range(replications)
-    ]
+    found = [half_norm_by_products(noisy(mean, count, seed), lambda v: matrix @ v, "A") for seed in range(replications)]
     values = torch.tensor([e.value for e in found])
     stderr = float(values.std()) / math.sqrt(replications)
     assert stderr < 0.03 * exact

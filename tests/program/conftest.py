@@ -27,7 +27,9 @@ def agrees_with_pyro(moved, draw, pyro_gradient) -> Callable[..., None]:
         x, noise = moved(program), draw(program, DRAWS, 1, seed=2)
         rows = None
         if program.minibatch is not None:
-            rows = torch.randint(program.total, (DRAWS, program.minibatch.size), generator=torch.Generator().manual_seed(3))
+            rows = torch.randint(
+                program.total, (DRAWS, program.minibatch.size), generator=torch.Generator().manual_seed(3)
+            )
         expected = []
         for j in range(DRAWS):
             batch = program.batch(None if rows is None else rows[j])

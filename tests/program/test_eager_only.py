@@ -27,7 +27,9 @@ def reason(program: Program) -> str:
     """Why ``auto`` runs the program eagerly; the engine then has to make its steps."""
     engine = make_engine("auto", program, ELBO(), SGD(Constant(0.01)))
     assert engine.name == "eager"
-    carry, losses = engine.advance(start_carry(SGD(Constant(0.01)), program.initial()), Stream(program, 0, "optimise", 1), 0, 3)
+    carry, losses = engine.advance(
+        start_carry(SGD(Constant(0.01)), program.initial()), Stream(program, 0, "optimise", 1), 0, 3
+    )
     assert int(carry.step) == 3
     assert torch.isfinite(losses).all()
     with pytest.raises(ValueError, match="cannot be traced"):
@@ -231,4 +233,6 @@ def test_reading_a_value_falls_to_eager() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(z, 1.0 + abs(z.item())).expand([4]).to_event(1), obs=y)
 
-    assert "get value out of a tracing tensor" in reason(build(model, None, (Y,), family=MeanField(), dtype=torch.float64))
+    assert "get value out of a tracing tensor" in reason(
+        build(model, None, (Y,), family=MeanField(), dtype=torch.float64)
+    )

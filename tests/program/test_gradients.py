@@ -18,7 +18,12 @@ from bbvi_conv.families import FullRank, MeanField
 from bbvi_conv.program import Minibatch
 from bbvi_conv.program.build import build
 
-SHIPPED = [("eight_schools", "model"), ("eight_schools", "centered"), ("challenger", "model"), ("conjugate_gaussian", "model")]
+SHIPPED = [
+    ("eight_schools", "model"),
+    ("eight_schools", "centered"),
+    ("challenger", "model"),
+    ("conjugate_gaussian", "model"),
+]
 
 
 @pytest.mark.parametrize("family", [MeanField(), FullRank()], ids=["mean-field", "full-rank"])

@@ -79,7 +79,9 @@ def test_mean_over_all_minibatches_is_the_whole_bound(model, family, traced: boo
 
 
 def test_indexed_plate_agrees_with_pyro(agrees_with_pyro) -> None:
-    program = build(indexed, None, (X, C), family=MeanField(), minibatch=Minibatch(B, plate="data"), dtype=torch.float64)
+    program = build(
+        indexed, None, (X, C), family=MeanField(), minibatch=Minibatch(B, plate="data"), dtype=torch.float64
+    )
     agrees_with_pyro(program)  # Pyro scales by N/B itself
 
 
@@ -128,7 +130,9 @@ def test_other_uses_of_the_plate_get_one_sentence() -> None:
         with pyro.plate("data", N):
             pyro.sample("x", dist.Normal(z, 1.0).expand([N]), obs=X)
 
-    with pytest.raises(ValueError, match=r"plate 'data' has size 4 .*; write plate\(\"data\", len\(x\)\).*subsample_size=2"):
+    with pytest.raises(
+        ValueError, match=r"plate 'data' has size 4 .*; write plate\(\"data\", len\(x\)\).*subsample_size=2"
+    ):
         build(fixed, None, (X, C), family=MeanField(), minibatch=Minibatch(B, plate="data"))
     with pytest.raises(ValueError, match=r"plate 'data' subsamples 2 of 4 rows; pass minibatch=Minibatch\(2, plate"):
         build(indexed, None, (X, C), family=MeanField())
@@ -145,7 +149,7 @@ def test_other_uses_of_the_plate_get_one_sentence() -> None:
 def test_bad_minibatches() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         Minibatch(0, plate="data")
-    with pytest.raises(ValueError, match="\"iid\" or \"epoch\", got 'shuffle'"):
+    with pytest.raises(ValueError, match='"iid" or "epoch", got \'shuffle\''):
         Minibatch(2, plate="data", sampling="shuffle")
 
 
@@ -187,7 +191,12 @@ def test_rows_of_a_step_do_not_depend_on_where_one_starts(sampling: str) -> None
 
 def test_the_monitor_draws_rows_of_its_own() -> None:
     program = build(
-        gathered, None, (X, C), family=MeanField(), minibatch=Minibatch(B, plate="data", sampling="epoch"), dtype=torch.float64
+        gathered,
+        None,
+        (X, C),
+        family=MeanField(),
+        minibatch=Minibatch(B, plate="data", sampling="epoch"),
+        dtype=torch.float64,
     )
     feed = Stream(program, 0, "monitor", 1).once(0, 4000)
     assert feed.rows.shape == (4000, B)
@@ -200,7 +209,9 @@ def test_the_monitor_draws_rows_of_its_own() -> None:
 
 
 def test_held_out_rows(draw) -> None:
-    program = build(gathered, None, (X, C), family=MeanField(), minibatch=Minibatch(B, plate="data"), dtype=torch.float64)
+    program = build(
+        gathered, None, (X, C), family=MeanField(), minibatch=Minibatch(B, plate="data"), dtype=torch.float64
+    )
     other = program.with_data((torch.tensor([5.0, 6.0, 7.0]), torch.ones(3)))
     assert other.total == 3
     assert torch.equal(other.batch(torch.tensor([2, 0])).args[0], torch.tensor([7.0, 5.0], dtype=torch.float64))

@@ -40,7 +40,9 @@ def test_hand_written_guide_with_constrained_parameters(agrees_with_pyro) -> Non
         loc = pyro.param("loc", torch.tensor(0.1))
         scale = pyro.param("scale", torch.tensor(0.4), constraint=constraints.interval(0.1, 3.0))
         tril = pyro.param("tril", torch.eye(2), constraint=constraints.lower_cholesky)
-        free = pyro.sample("free", dist.MultivariateNormal(torch.zeros(2), scale_tril=tril), infer={"is_auxiliary": True})
+        free = pyro.sample(
+            "free", dist.MultivariateNormal(torch.zeros(2), scale_tril=tril), infer={"is_auxiliary": True}
+        )
         simplex = torch.nn.functional.pad(free, (0, 1)).softmax(-1)
         pyro.sample("weights", dist.Delta(simplex, log_density=-simplex.log().sum(), event_dim=1))
         pyro.sample("z", dist.Normal(loc, scale))

@@ -47,7 +47,10 @@ BY_INVERSE_CDF: dict[str, tuple[Make, Any]] = {
         lambda: dist.MultivariateNormal(t(1.0, 0.0), t(4.0, 1.0, 1.0, 2.0).reshape(2, 2)),
         stats.norm(1, 2),
     ),
-    "low-rank": (lambda: dist.LowRankMultivariateNormal(t(1.0, 0.0), t(1.0, 1.0)[:, None], t(3.0, 1.0)), stats.norm(1, 2)),
+    "low-rank": (
+        lambda: dist.LowRankMultivariateNormal(t(1.0, 0.0), t(1.0, 1.0)[:, None], t(3.0, 1.0)),
+        stats.norm(1, 2),
+    ),
     "relaxed-bernoulli": (lambda: dist.RelaxedBernoulliStraightThrough(t(0.5), probs=t(0.3)), stats.bernoulli(0.3)),
 }
 BY_GAMMA: dict[str, tuple[Make, Any]] = {
@@ -171,7 +174,9 @@ def test_gamma_like_guides_trace_to_the_same_gradient(name: str, agrees_with_pyr
         pyro.sample("y", dist.Normal(z.sum() if name != "dirichlet" else z[0], 1.0), obs=y)
 
     def guide(y: Tensor) -> None:
-        a = pyro.param("a", torch.tensor([0.6, 1.5, 2.0] if name == "dirichlet" else 2.2), constraint=dist.constraints.positive)
+        a = pyro.param(
+            "a", torch.tensor([0.6, 1.5, 2.0] if name == "dirichlet" else 2.2), constraint=dist.constraints.positive
+        )
         b = pyro.param("b", torch.tensor(1.4), constraint=dist.constraints.positive)
         kinds = {
             "gamma": lambda: dist.Gamma(a, b),
@@ -208,7 +213,10 @@ def test_a_random_operation_is_known_by_its_tag() -> None:
 
 
 def test_uniforms_stay_inside_the_open_interval() -> None:
-    noise = Noise(torch.zeros(0), torch.tensor([0.0, 1.0]).clamp(torch.finfo(torch.float32).tiny, 1 - torch.finfo(torch.float32).eps))
+    noise = Noise(
+        torch.zeros(0),
+        torch.tensor([0.0, 1.0]).clamp(torch.finfo(torch.float32).tiny, 1 - torch.finfo(torch.float32).eps),
+    )
     with taped(Tape(noise, {})):
         value = dist.Gumbel(torch.zeros(2), 1.0).sample()
     assert torch.isfinite(value).all()
