@@ -22,9 +22,7 @@ def check_estimator(estimator: str, valid: Sequence[str]) -> None:
         ValueError: naming the ones that are.
     """
     if estimator not in valid:
-        raise ValueError(
-            f"unknown estimator {estimator!r} for this objective; choose one of {', '.join(valid)}"
-        )
+        raise ValueError(f"unknown estimator {estimator!r} for this objective; choose one of {', '.join(valid)}")
 
 
 def check_share(name: str, value: float, *, below_one: bool = False) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bbvi_conv.program.build import dependent_sites
 from bbvi_conv.program.program import anew, guide_trace
-from bbvi_conv.program.structure import Structure, analyse
+from bbvi_conv.program.structure import Structure, analyse, revalued
 from bbvi_conv.program.tape import Tape
 from bbvi_conv.program.terms import Terms, collect
 
@@ -91,7 +91,7 @@ class _StockDraws:
         """Terms with K in front; the draws and rows stay the same."""
         rows = []
         for drawn, modelled in zip(self._drawn, self._modelled, strict=True):
-            given, guide = (drawn if phi else _held(drawn)), drawn
+            given, guide = (drawn if phi else revalued(drawn, Tensor.detach)), drawn
             if density != phi or not density:
                 with _holding([] if density else self._phi), poutine.replay(trace=anew(given)):
                     guide = guide_trace(self._guide, self._args, self._kwargs)
@@ -146,15 +146,6 @@ def _frames(trace: Trace) -> Iterator[Any]:
     for site in trace.nodes.values():
         if site["type"] == "sample":
             yield from (f for f in site["cond_indep_stack"] if f.vectorized)
-
-
-def _held(trace: Trace) -> Trace:
-    """The same draws, detached."""
-    held = trace.copy()
-    for site in held.nodes.values():
-        if site["type"] == "sample" and isinstance(site["value"], Tensor):
-            site["value"] = site["value"].detach()
-    return held
 
 
 @contextmanager

@@ -24,12 +24,14 @@ from bbvi_conv.program.structure import (
     Group,
     Leaf,
     analyse,
+    as_leaf,
     check_finite,
     check_guide,
     check_site,
     is_deterministic,
     is_plate,
     random_sites,
+    revalued,
 )
 from bbvi_conv.program.tape import Tape, taped
 
@@ -376,17 +378,13 @@ def _custom_functions(eager: _Pass) -> list[str]:
 def dependent_sites(guide_trace: Trace, model_trace: Trace, run_model: Callable[[Trace], Trace]) -> set[str]:
     """Observed sites whose density depends on a latent, read from the autograd graph of one more run of the model."""
     observed = [s["name"] for s in random_sites(model_trace) if s["is_observed"]]
-    drawn = guide_trace.copy()
-    leaves = []
-    for site in random_sites(model_trace):
-        if not site["is_observed"]:
-            node = drawn.nodes[site["name"]]
-            if not node["value"].is_floating_point():
-                return set(observed)
-            node["value"] = node["value"].detach().clone().requires_grad_()
-            leaves.append(node["value"])
-    if not leaves:
+    latents = [s["name"] for s in random_sites(model_trace) if not s["is_observed"]]
+    if any(not guide_trace.nodes[name]["value"].is_floating_point() for name in latents):
+        return set(observed)
+    if not latents:
         return set()
+    drawn = revalued(guide_trace, as_leaf)
+    leaves = [drawn.nodes[name]["value"] for name in latents]
     with torch.enable_grad():
         replayed = run_model(drawn)
         replayed.compute_log_prob()

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.structure import random_sites
+from bbvi_conv.program.structure import as_leaf, random_sites, revalued
 from bbvi_conv.program.terms import analytic_kl
 
 
@@ -26,8 +26,8 @@ def closed_form_sites(program: Program) -> tuple[str, ...]:
     _, batch = program.example()
     args = program.positional(batch)
     with program.handlers(None, batch):
-        drawn = poutine.trace(program.guide).get_trace(*args, **program.kwargs)
-        leaves = _as_leaves(drawn)
+        drawn = revalued(poutine.trace(program.guide).get_trace(*args, **program.kwargs), as_leaf)
+        leaves = [s["value"] for s in random_sites(drawn) if not s["is_observed"] and s["value"].requires_grad]
         guide = poutine.trace(poutine.replay(program.guide, trace=drawn)).get_trace(*args, **program.kwargs)
         model = poutine.trace(poutine.replay(program.model, trace=drawn)).get_trace(*args, **program.kwargs)
         found = [
@@ -41,16 +41,6 @@ def closed_form_sites(program: Program) -> tuple[str, ...]:
             "unmasked, with a KL that torch knows; leave analytic_kl=False"
         )
     return tuple(found)
-
-
-def _as_leaves(trace: Any) -> list[Tensor]:
-    """Make every continuous draw a leaf of the autograd graph, in place of its value in the trace."""
-    leaves = []
-    for site in random_sites(trace):
-        if not site["is_observed"] and site["value"].is_floating_point():
-            site["value"] = site["value"].detach().clone().requires_grad_()
-            leaves.append(site["value"])
-    return leaves
 
 
 def _qualifies(program: Program, guide: dict[str, Any], model: dict[str, Any], leaves: list[Tensor]) -> bool:

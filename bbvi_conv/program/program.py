@@ -19,7 +19,7 @@ from torch.distributions import transform_to
 
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import Noise, NoiseLayout
-from bbvi_conv.program.structure import Leaf, Structure, is_plate, random_sites
+from bbvi_conv.program.structure import Leaf, Structure, is_plate, random_sites, revalued
 from bbvi_conv.program.tape import Tape, taped
 from bbvi_conv.program.terms import Terms, collect
 
@@ -78,10 +78,7 @@ def guide_trace(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
 
 def anew(trace: Trace) -> Trace:
     """The same values as new tensors: a distribution that remembers its own draw must not recognise them."""
-    anew = trace.copy()
-    for site in random_sites(anew):
-        site["value"] = site["value"].clone()
-    return anew
+    return revalued(trace, Tensor.clone)
 
 
 class Program:
