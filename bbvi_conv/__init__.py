@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bbvi_conv.families import FAMILIES, FullRank, MeanField
     from bbvi_conv.fitting import Fit, ModelSource, fit, load
+    from bbvi_conv.monitor.signal import SignalToNoise, signal_to_noise
     from bbvi_conv.monitor.svi import GradientMonitor
-    from bbvi_conv.objectives import ELBO, OBJECTIVES
+    from bbvi_conv.objectives import (
+        CIWAE,
+        ELBO,
+        IWAE,
+        MIWAE,
+        OBJECTIVES,
+        PIWAE,
+        VRIWAE,
+        GrowingParticles,
+        LinearWarmup,
+        Pair,
+    )
     from bbvi_conv.optim import SGD, Adam, Constant, CosineDecay, ExponentialDecay, InverseSqrt
     from bbvi_conv.program.build import build
     from bbvi_conv.program.minibatch import Minibatch
@@ -24,6 +36,16 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Adam": "optim",
+    "CIWAE": "objectives",
+    "GrowingParticles": "objectives",
+    "IWAE": "objectives",
+    "LinearWarmup": "objectives",
+    "MIWAE": "objectives",
+    "PIWAE": "objectives",
+    "Pair": "objectives",
+    "SignalToNoise": "monitor.signal",
+    "VRIWAE": "objectives",
+    "signal_to_noise": "monitor.signal",
     "Constant": "optim",
     "CosineDecay": "optim",
     "ELBO": "objectives",
@@ -48,10 +70,15 @@ _WHERE = {
 }
 
 __all__ = [
+    "CIWAE",
     "ELBO",
     "FAMILIES",
+    "IWAE",
+    "MIWAE",
     "OBJECTIVES",
+    "PIWAE",
     "SGD",
+    "VRIWAE",
     "Adam",
     "Constant",
     "CosineDecay",
@@ -60,16 +87,21 @@ __all__ = [
     "FitState",
     "FullRank",
     "GradientMonitor",
+    "GrowingParticles",
     "InverseSqrt",
+    "LinearWarmup",
     "MeanField",
     "Minibatch",
     "ModelSource",
+    "Pair",
     "Program",
     "Settings",
+    "SignalToNoise",
     "Verdict",
     "build",
     "fit",
     "load",
+    "signal_to_noise",
 ]
 
 

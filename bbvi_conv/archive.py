@@ -101,12 +101,13 @@ class Archive:
         start = time.perf_counter()
         self._write_verdict(fit)
         path = self.directory.path
-        for name, export in (
-            ("posterior.nc", lambda: write_netcdf(neutral(fit, POSTERIOR_DRAWS), path / "posterior.nc")),
-            ("report.html", lambda: write_report(fit, path / "report.html")),
-        ):
+        exports: dict[str, Callable[[Path], object]] = {
+            "posterior.nc": lambda to: write_netcdf(neutral(fit, POSTERIOR_DRAWS), to),
+            "report.html": lambda to: write_report(fit, to),
+        }
+        for name, export in exports.items():
             try:
-                export()
+                export(path / name)
             except Exception as error:
                 self.directory.append_log(f"{name} was not written: {type(error).__name__}: {error}")
                 raise RuntimeError(

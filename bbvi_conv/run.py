@@ -17,8 +17,9 @@ from bbvi_conv.families import MeanField
 from bbvi_conv.monitor.judge import LARGE, Check, Judge
 from bbvi_conv.monitor.state import MonitorState, Summary, look, summary, update
 from bbvi_conv.monitor.strata import Strata
-from bbvi_conv.objectives import ELBO, Objective
+from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
 from bbvi_conv.optim import Adam, Constant, InverseSqrt, Optimiser, empty_average
+from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.minibatch import Minibatch
 from bbvi_conv.program.noise import BLOCK
 from bbvi_conv.program.program import Program
@@ -53,7 +54,7 @@ class Settings:
     """
 
     family: Any = field(default_factory=MeanField)
-    objective: Objective | None = None
+    objective: Objective | GrowingParticles | None = None
     optimiser: Optimiser | None = None
     minibatch: Minibatch | None = None
     max_steps: int = 20_000
@@ -70,7 +71,7 @@ class Settings:
     khat_draws: int = 2000
     update_modules: bool = True
 
-    def bound(self) -> Objective:
+    def bound(self) -> Objective | GrowingParticles:
         """The objective, chosen where none was given."""
         return self.objective or ELBO(num_particles=1 if self.minibatch else 10)
 
@@ -144,6 +145,14 @@ def figures(state: FitState) -> Summary:
     return summary(state.monitor, steps=state.step + 1 if state.monitor.looks else None)
 
 
+class _Stage(NamedTuple):
+    """What runs one objective."""
+
+    engine: Engine
+    judge: Judge
+    stream: Stream
+
+
 class Run:
     """A program under its settings: moves a :class:`FitState` forward. One look per stratum, one check per window."""
 
@@ -157,19 +166,30 @@ class Run:
         self.program, self.settings, self.clock = program, settings, clock
         start = clock()
         self.normaliser = float(program.total) if program.minibatch and settings.normalise == "datum" else 1.0
-        self.engine: Engine = make_engine(
-            settings.engine, program, settings.bound(), settings.rule(), normaliser=self.normaliser
-        )
-        self.judge = Judge(
-            self.engine.calculus,
-            settings.seed,
-            gradients=settings.num_gradients,
-            tolerance=settings.tol,
-            held_out=held_out,
-        )
+        self.schedule, self.held_out = settings.bound(), held_out
+        if self.schedule.at(0, ()).analytic_kl:
+            program.analytic = closed_form_sites(program)
         self.strata = settings.strata or (SPARSE if len(program.initial()) > LARGE else Strata())
-        self.stream = Stream(program, settings.seed, "optimise", settings.bound().draws)
+        self._stages: dict[Objective, _Stage] = {}
+        self._enter(self.schedule.at(0, ()))
         self.compile_seconds = clock() - start
+
+    def _enter(self, objective: Objective) -> None:
+        """Make ``objective`` the one in force: engine, judge and noise of its own, kept for when it comes back."""
+        if objective not in self._stages:
+            settings = self.settings
+            engine = make_engine(settings.engine, self.program, objective, settings.rule(), normaliser=self.normaliser)
+            judge = Judge(
+                engine.calculus,
+                settings.seed,
+                gradients=settings.num_gradients,
+                tolerance=settings.tol,
+                held_out=self.held_out,
+            )
+            stream = Stream(self.program, settings.seed, "optimise", objective.draws)
+            self._stages[objective] = _Stage(engine, judge, stream)
+        self.objective = objective
+        self.engine, self.judge, self.stream = self._stages[objective]
 
     def start(self, x: Tensor) -> FitState:
         """The state before the first step."""
@@ -186,6 +206,7 @@ class Run:
             step = state.step
             index = len(state.monitor.looks)
             look_at = self.strata.random_step(self.settings.seed, index)
+            self._enter(self.schedule.at(step, state.monitor.looks))
             if step == look_at and step < max_steps:
                 state = self._look(state, index)
                 on_event(state, True)
@@ -194,7 +215,8 @@ class Run:
                 break
             window_end = self._window_end(state)
             block_end = (step // BLOCK + 1) * BLOCK
-            state = self._chunk(state, min(look_at, window_end, max_steps, block_end) - step)
+            change = self.schedule.next_change(step) or block_end
+            state = self._chunk(state, min(look_at, window_end, max_steps, block_end, change) - step)
             looked = state.step == window_end and int(state.carry.bad) < 0
             if looked:
                 state = self._close_window(state)
@@ -228,7 +250,7 @@ class Run:
 
     def _look(self, state: FitState, index: int) -> FitState:
         start = self.clock()
-        grams, losses = self.judge.grams(state.carry.x, index)
+        grams, losses = self.judge.grams(state.carry.x, index, state.step)
         if not all(bool(gram.isfinite().all()) for gram in grams.values()):
             frozen = state.carry._replace(bad=state.carry.step.clone())
             return state._replace(carry=frozen, seconds=self._timed(state, "monitor", start))
@@ -269,6 +291,7 @@ class Run:
         bad = int(state.carry.bad)
         if bad < 0:
             return ""
+        self._enter(self.schedule.at(state.step, state.monitor.looks))
         feed = next(self.stream.steps(bad, 1))
         where = self.program.first_bad_site(state.carry.x, feed.noise.at(0), feed.batch(self.program, 0))
         return f"step {bad}: {where}"

@@ -17,7 +17,7 @@ _TAGS = ("class", "dtype", "device", "tuple", "float", "function")
 
 def known_classes() -> dict[str, type]:
     """The classes that :func:`decode` makes, by name."""
-    from bbvi_conv import optim
+    from bbvi_conv import objectives, optim
     from bbvi_conv.families import FAMILIES
     from bbvi_conv.monitor.strata import Strata
     from bbvi_conv.objectives import OBJECTIVES
@@ -26,6 +26,9 @@ def known_classes() -> dict[str, type]:
     classes: list[Callable[..., Any]] = [
         *FAMILIES.values(),
         *OBJECTIVES.values(),
+        objectives.GrowingParticles,
+        objectives.LinearWarmup,
+        objectives.Pair,
         optim.SGD,
         optim.Adam,
         optim.Constant,

@@ -12,7 +12,7 @@ import torch
 
 from bbvi_conv.families import FullRank, MeanField
 from bbvi_conv.monitor.strata import Strata
-from bbvi_conv.objectives import ELBO
+from bbvi_conv.objectives import CIWAE, ELBO, IWAE, MIWAE, VRIWAE, GrowingParticles, LinearWarmup, Pair
 from bbvi_conv.optim import SGD, Adam, Constant, CosineDecay, ExponentialDecay, InverseSqrt
 from bbvi_conv.program import Minibatch
 from bbvi_conv.run import Settings
@@ -63,6 +63,8 @@ def test_every_setting_of_a_fit_can_be_written() -> None:
 
 def test_every_known_class_is_written_under_its_name() -> None:
     examples = {type(value).__name__: value for value in (*VALUES, Constant(1.0), InverseSqrt(1.0))}
+    bounds = (IWAE(3), VRIWAE(3, 0.2), MIWAE(2, 3), CIWAE(3), Pair(IWAE(4), ELBO(2)), LinearWarmup(5))
+    examples |= {type(value).__name__: value for value in (*bounds, GrowingParticles(IWAE(2), stop=8))}
     examples |= {"ExponentialDecay": ExponentialDecay(1.0, 0.5, 2), "CosineDecay": CosineDecay(1.0, 2)}
     for name in known_classes():
         assert encode(examples[name])["class"] == name

@@ -14,7 +14,7 @@ from bbvi_conv.program.program import Program
 
 
 class Feed(NamedTuple):
-    """What T evaluations see: ``noise`` ``(T, M, ...)``, and ``rows`` ``(T, B)``, or the batched ``args``, or neither."""
+    """What T evaluations see: ``noise`` ``(T, M, ...)``; and ``rows`` ``(T, B)``, or batched ``args``, or neither."""
 
     noise: Noise
     rows: Tensor | None = None

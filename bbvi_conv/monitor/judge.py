@@ -100,9 +100,10 @@ class Judge:
 
     # ---- looks ----
 
-    def grams(self, x: Tensor, stratum: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Gram matrix of J gradients per group of parameters, and their losses ``(J,)``."""
-        grads, losses = self.quiet.gradients(x, self._feed(self.quiet, "monitor", stratum, self.count))
+    def grams(self, x: Tensor, stratum: int, step: float = math.inf) -> tuple[dict[str, Tensor], Tensor]:
+        """Gram matrix of J gradients per group of parameters, and their losses ``(J,)``; schedules as at ``step``."""
+        feed = self._feed(self.quiet, "monitor", stratum, self.count)
+        grads, losses = self.quiet.gradients(x, feed, step=step)
         return grams_by_group(self.calculus.program, grads), losses
 
     # ---- checks ----

@@ -24,12 +24,14 @@ from bbvi_conv.program.structure import (
     Group,
     Leaf,
     analyse,
+    as_leaf,
     check_finite,
     check_guide,
     check_site,
     is_deterministic,
     is_plate,
     random_sites,
+    revalued,
 )
 from bbvi_conv.program.tape import Tape, taped
 
@@ -373,25 +375,20 @@ def _custom_functions(eager: _Pass) -> list[str]:
     return [f"autograd function {name!r} has a hand-written gradient" for name in sorted(found)]
 
 
-def _dependent(program: Program, eager: _Pass, batch: Batch) -> set[str]:
-    """Observed sites whose density depends on a latent, read from the autograd graph."""
-    observed = [s["name"] for s in random_sites(eager.model_trace) if s["is_observed"]]
-    drawn = eager.guide_trace.copy()
-    latents = {}
-    for site in random_sites(eager.model_trace):
-        if not site["is_observed"]:
-            node = drawn.nodes[site["name"]]
-            if not node["value"].is_floating_point():
-                return set(observed)
-            latents[site["name"]] = node["value"] = node["value"].detach().clone().requires_grad_()
+def dependent_sites(guide_trace: Trace, model_trace: Trace, run_model: Callable[[Trace], Trace]) -> set[str]:
+    """Observed sites whose density depends on a latent, read from the autograd graph of one more run of the model."""
+    observed = [s["name"] for s in random_sites(model_trace) if s["is_observed"]]
+    latents = [s["name"] for s in random_sites(model_trace) if not s["is_observed"]]
+    if any(not guide_trace.nodes[name]["value"].is_floating_point() for name in latents):
+        return set(observed)
     if not latents:
         return set()
-    with program.handlers(None, batch):
-        replayed = poutine.replay(program.model, trace=drawn)
-        model_trace = poutine.trace(replayed).get_trace(*program.positional(batch), **program.kwargs)
-        model_trace.compute_log_prob()
-        densities = {name: model_trace.nodes[name]["log_prob_sum"] for name in observed}
-    leaves = list(latents.values())
+    drawn = revalued(guide_trace, as_leaf)
+    leaves = [drawn.nodes[name]["value"] for name in latents]
+    with torch.enable_grad():
+        replayed = run_model(drawn)
+        replayed.compute_log_prob()
+    densities = {name: replayed.nodes[name]["log_prob_sum"] for name in observed}
 
     def depends(density: Tensor) -> bool:
         if not density.requires_grad:
@@ -399,3 +396,13 @@ def _dependent(program: Program, eager: _Pass, batch: Batch) -> set[str]:
         return any(g is not None for g in torch.autograd.grad(density, leaves, retain_graph=True, allow_unused=True))
 
     return {name for name, density in densities.items() if depends(density)}
+
+
+def _dependent(program: Program, eager: _Pass, batch: Batch) -> set[str]:
+    with program.handlers(None, batch):
+
+        def run_model(drawn: Trace) -> Trace:
+            replayed = poutine.replay(program.model, trace=drawn)
+            return poutine.trace(replayed).get_trace(*program.positional(batch), **program.kwargs)
+
+        return dependent_sites(eager.guide_trace, eager.model_trace, run_model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,6 +78,19 @@ def is_deterministic(site: dict[str, Any]) -> bool:
 def random_sites(trace: Trace) -> list[dict[str, Any]]:
     """Sample sites that carry density: neither plates nor deterministic values."""
     return [s for s in trace.nodes.values() if s["type"] == "sample" and not is_plate(s) and not is_deterministic(s)]
+
+
+def revalued(trace: Trace, change: Callable[[Tensor], Tensor]) -> Trace:
+    """A trace of its own with the values of random sites changed; Pyro's ``copy`` would share the sites themselves."""
+    other = trace.copy()
+    for site in random_sites(trace):
+        other.nodes[site["name"]] = {**site, "value": change(site["value"])}
+    return other
+
+
+def as_leaf(value: Tensor) -> Tensor:
+    """The value as a leaf of the autograd graph, where it is continuous."""
+    return value.detach().clone().requires_grad_() if value.is_floating_point() else value
 
 
 def plates_of(site: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
