@@ -152,27 +152,30 @@ class Calculus:
         """Map a method over the J evaluations of a feed, in pieces that fit in memory."""
         more = (torch.full((), step, dtype=x.dtype, device=x.device), *more)
         count = len(feed.noise.normal)
-        piece = max(1, min(count, CHUNK // max(1, len(x) * self.objective.draws)))
         first = feed.batch(self.program, 0)
+        widest = max(len(x), sum(self.program.layout), *(a.numel() for a in first.args), 1)
+        piece = max(1, min(count, CHUNK // (widest * self.objective.draws)))
         function = self.function(name, x, feed.noise.at(0), first, *more)
         results = []
         with buffers_kept(() if self.traced else self.program.modules):
             for start in range(0, count, piece):
                 part = slice(start, start + piece)
                 batch = feed.batch(self.program, part)
-                flags = [
-                    False,
-                    True,
-                    True,
-                    *(feed.moving for _ in batch.args),
-                    *([True] if batch.indices is not None else []),
-                ]
-                flags += [False] * len(more)
-                call = over_draws(function, flags, vectorise=self.vectorise)
-                results.append(call(*_flatten(x, feed.noise.at(part), batch, *more)))
+                flags = [False, True, True, *(feed.moving for _ in batch.args)]
+                flags += [True] * (batch.indices is not None) + [False] * len(more)
+                results.append(self._over_draws(function, flags, _flatten(x, feed.noise.at(part), batch, *more)))
         if isinstance(results[0], tuple):
             return tuple(torch.cat(column) for column in zip(*results, strict=True))
         return torch.cat(results)
+
+    def _over_draws(self, function: Callable[..., Any], mapped: list[bool], flat: list[Tensor]) -> Any:
+        """Vectorised; from the first operation on that ``vmap`` cannot map, by a loop."""
+        if self.vectorise:
+            try:
+                return over_draws(function, mapped, vectorise=True)(*flat)
+            except RuntimeError:
+                self.vectorise = False
+        return over_draws(function, mapped, vectorise=False)(*flat)
 
     def gradients(self, x: Tensor, feed: Feed, *, step: float = math.inf) -> tuple[Tensor, Tensor]:
         """J independent gradients ``(J, P)`` and losses ``(J,)`` at ``x``; schedules as at ``step``, or at the end."""

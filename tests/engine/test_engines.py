@@ -208,7 +208,9 @@ def test_curvature_products_are_those_of_torch(moved, draw) -> None:
     eager = Calculus(program, ELBO(), program.log_weights, 1.0)
 
     def loss(x: Tensor) -> Tensor:
-        return torch.stack([eager.loss(x, noise.at(j), program.batch(None)) for j in range(3)]).mean()
+        return torch.stack(
+            [eager.loss(x, noise.at(j), program.batch(None), torch.tensor(1.0)) for j in range(3)]
+        ).mean()
 
     expected = torch.autograd.functional.hvp(loss, x, v)[1]
     for log_weights in (program.log_weights, TracedLogWeights(program)):
