@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bbvi_conv.program.build import dependent_sites
-from bbvi_conv.program.program import anew, guide_trace
-from bbvi_conv.program.structure import Structure, analyse, revalued
+from bbvi_conv.program.program import Rows, anew, guide_trace
+from bbvi_conv.program.structure import Structure, analyse, is_plate, revalued
 from bbvi_conv.program.tape import Tape
 from bbvi_conv.program.terms import Terms, collect
 
@@ -69,14 +69,19 @@ _STRUCTURES: weakref.WeakKeyDictionary[Any, tuple[Any, Structure]] = weakref.Wea
 
 
 class _StockDraws:
-    """K draws from the guide; model and densities run again with either side's parameters held, as often as asked."""
+    """K draws of the guide at the same rows; model and densities run again with either side held, as often as asked."""
 
     step = torch.tensor(torch.nan)
 
     def __init__(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], draws: int) -> None:
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
-        self._drawn = [guide_trace(guide, args, kwargs) for _ in range(draws)]
-        self._modelled = [self._run_model(drawn) for drawn in self._drawn]
+        self._rows: dict[str, Tensor] = {}
+        drawn = self._run_guide()
+        self._rows |= _subsamples(drawn)
+        modelled = self._run_model(drawn)
+        self._rows |= _subsamples(modelled)
+        self._drawn = [drawn, *(self._run_guide() for _ in range(draws - 1))]
+        self._modelled = [modelled, *(self._run_model(other) for other in self._drawn[1:])]
         theta, phi = _leaves(self._modelled[0]), _leaves(self._drawn[0])
         self._theta, self._phi = list(theta.values()), list(phi.values())
         self.has_theta, self.shared = bool(theta), sorted(set(theta) & set(phi))
@@ -94,7 +99,7 @@ class _StockDraws:
             given, guide = (drawn if phi else revalued(drawn, Tensor.detach)), drawn
             if density != phi or not density:
                 with _holding([] if density else self._phi), poutine.replay(trace=anew(given)):
-                    guide = guide_trace(self._guide, self._args, self._kwargs)
+                    guide = self._run_guide()
                     guide.compute_log_prob()
             drawn.compute_log_prob()
             model = modelled
@@ -103,7 +108,8 @@ class _StockDraws:
                     model = self._run_model(given)
             model.compute_log_prob()
             zero = torch.as_tensor(model.log_prob_sum()).detach().reshape(-1)[:1] * 0
-            rows.append(collect(drawn, guide, model, self.structure, self, (), zero))
+            terms = collect(drawn, guide, model, self.structure, self, (), zero)
+            rows.append(terms if phi else terms._replace(score=terms.score.detach()))
         return Terms(*(torch.stack(part) for part in zip(*rows, strict=True)))
 
     def density(self, site: dict[str, Any]) -> Tensor:
@@ -118,8 +124,13 @@ class _StockDraws:
         """N/B of a plate that the model subsamples."""
         return (frame.full_size or frame.size) / frame.size if frame.vectorized else 1.0
 
+    def _run_guide(self) -> Trace:
+        with _given_rows(self._rows):
+            return guide_trace(self._guide, self._args, self._kwargs)
+
     def _run_model(self, drawn: Trace) -> Trace:
-        return poutine.trace(poutine.replay(self._model, trace=drawn)).get_trace(*self._args, **self._kwargs)
+        with _given_rows(self._rows):
+            return poutine.trace(poutine.replay(self._model, trace=drawn)).get_trace(*self._args, **self._kwargs)
 
     def _find_structure(self) -> Structure:
         try:
@@ -140,6 +151,21 @@ def _leaves(trace: Trace) -> dict[str, Tensor]:
     """Unconstrained leaves of the parameters a trace read, by name."""
     values = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "param"}
     return {name: x.unconstrained() if hasattr(x, "unconstrained") else x for name, x in values.items()}
+
+
+def _subsamples(trace: Trace) -> dict[str, Tensor]:
+    """Rows that subsampled plates drew, by plate."""
+    plates = {name: site for name, site in trace.nodes.items() if is_plate(site)}
+    return {n: s["value"] for n, s in plates.items() if s["fn"].subsample_size not in (None, s["fn"].size)}
+
+
+@contextmanager
+def _given_rows(rows: dict[str, Tensor]) -> Iterator[None]:
+    """Run with the rows of the first run: a unit's K draws must be draws of the same unit."""
+    with ExitStack() as stack:
+        for plate, indices in rows.items():
+            stack.enter_context(Rows(plate, indices))
+        yield
 
 
 def _frames(trace: Trace) -> Iterator[Any]:
