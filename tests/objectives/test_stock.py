@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro import poutine
 from pyro.infer import SVI, RenyiELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
@@ -20,7 +19,6 @@ import bbvi_conv as bc
 from bbvi_conv.engine import Calculus
 from bbvi_conv.engine.streams import Feed
 from bbvi_conv.objectives import CIWAE, ELBO, IWAE, MIWAE, PIWAE, VRIWAE, LinearWarmup, Objective, Pair
-from bbvi_conv.program import Minibatch
 from bbvi_conv.program.build import build
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.trace import TracedLogWeights
@@ -333,7 +331,7 @@ def test_a_global_latent_beside_a_subsampled_plate(name: str) -> None:
     if objective.linear:
         assert math.isfinite(objective.loss_and_grads(global_model, global_guide, X))
         return
-    with pytest.raises(ValueError, match="no unbiased estimator when plate 'data' is subsampled .* use the ELBO"):
+    with pytest.raises(ValueError, match=r"no unbiased estimator when plate 'data' is subsampled .* use the ELBO"):
         objective.loss_and_grads(global_model, global_guide, X)
 
 
@@ -358,7 +356,7 @@ def test_what_a_stock_loop_cannot_have() -> None:
     pair = Pairwise()
     with pytest.raises(ValueError, match="schedule of kl_weight needs the step number"):
         ELBO(kl_weight=LinearWarmup(10)).loss(pair.model, pair.guide, X)
-    with pytest.raises(ValueError, match="analytic_kl needs bbvi_conv.fit"):
+    with pytest.raises(ValueError, match=r"analytic_kl needs bbvi_conv\.fit"):
         ELBO(analytic_kl=True).loss(pair.model, pair.guide, X)
 
     def shared(x: Tensor) -> None:
@@ -367,7 +365,7 @@ def test_what_a_stock_loop_cannot_have() -> None:
             pyro.sample("z", dist.Normal(mu, 1.0).expand([len(x)]))
 
     for objective in (IWAE(3, DOUBLY), PIWAE(2, 2)):
-        with pytest.raises(ValueError, match="share.*'mu'|'mu'.*share"):
+        with pytest.raises(ValueError, match="'mu'"):
             objective.loss(pair.model, shared, X)
     assert math.isfinite(IWAE(3).loss(pair.model, shared, X))
 
