@@ -17,18 +17,23 @@ import torch
 from torch import Tensor
 
 from bbvi_conv.engine.calculus import Calculus
-from bbvi_conv.engine.streams import Stream
+from bbvi_conv.engine.streams import Feed, Stream
+from bbvi_conv.monitor.gradient_norm import gram_matrix, squared_norm
 from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
-from bbvi_conv.objectives import ELBO, Objective
+from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
 from bbvi_conv.program.build import build
+from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.minibatch import Minibatch
+from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.trace import TracedLogWeights, Untraceable
 
 BLOCKS = 20
-"""Blocks of draws: intervals are jackknives over them."""
+"""Blocks of draws: intervals come from their spread."""
 AT_ONCE = 10_000_000
 """Numbers held at once for gradients."""
+ROUNDING = 1e-12
+"""Share of the whole below which what is left is rounding."""
 
 
 class Moments(NamedTuple):
@@ -54,8 +59,9 @@ class Moments(NamedTuple):
 
     @property
     def variance(self) -> Tensor:
-        """Unbiased variance of each parameter ``(P,)``."""
-        return ((self.squares - self.total * self.mean) / (self.number - 1)).clamp(min=0.0)
+        """Unbiased variance of each parameter ``(P,)``; 0 where the sums cannot tell it from their own rounding."""
+        left = self.squares - self.total * self.mean
+        return torch.where(left > ROUNDING * self.squares, left, 0.0) / (self.number - 1)
 
 
 def no_moments(size: int) -> Moments:
@@ -128,13 +134,23 @@ def signal_to_noise(
         seed: of the draws.
 
     Raises:
-        ValueError: too few estimates, an unknown leaf, or what the program or objective refuses.
+        ValueError: too few estimates, an unknown leaf or one of another shape, or what the program or objective
+            refuses.
+        TypeError: a schedule in place of an objective.
     """
+    if isinstance(objective, GrowingParticles):
+        raise TypeError(
+            "GrowingParticles has a K for every step: pass the objective in force, schedule.at(step, looks)"
+        )
+    if normalise not in ("datum", "total"):
+        raise ValueError(f"unknown normalise {normalise!r}; choose one of datum, total")
     if num_estimates < 2 * BLOCKS:
         raise ValueError(f"num_estimates must be at least {2 * BLOCKS} for an interval, got {num_estimates}")
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     program = build(model, guide, args, kwargs, family=family, minibatch=minibatch, dtype=dtype, seed=seed)
     objective = ELBO() if objective is None else objective
+    if objective.analytic_kl:
+        program.analytic = closed_form_sites(program)
     scale = float(program.total) if minibatch is not None and normalise == "datum" else 1.0
     try:
         calculus = Calculus(program, objective, TracedLogWeights(program), scale)
@@ -174,17 +190,21 @@ def measure(calculus: Calculus, x: Tensor, num_estimates: int, seed: int, target
 
 
 def _gradients(calculus: Calculus, x: Tensor, count: int, seed: int) -> Iterator[tuple[int, Tensor]]:
-    """Gradients ``(J, P)`` piece by piece, with the block they belong to."""
+    """Gradients ``(J, P)`` piece by piece, with the block they belong to; each has its own key, whatever the piece."""
     stream = Stream(calculus.program, seed, "signal", calculus.objective.draws)
     noise = sum(calculus.program.layout) * calculus.objective.draws
     piece = max(1, AT_ONCE // max(1, len(x), noise))
-    key = 0
     for block in range(BLOCKS):
-        left = (block + 1) * count // BLOCKS - block * count // BLOCKS
-        while left > 0:
-            size = min(piece, left)
-            yield block, calculus.gradients(x, stream.once(key, size))[0]
-            key, left = key + 1, left - size
+        start, stop = block * count // BLOCKS, (block + 1) * count // BLOCKS
+        for first in range(start, stop, piece):
+            feeds = [stream.once(key, 1) for key in range(first, min(first + piece, stop))]
+            yield block, calculus.gradients(x, _joined_feeds(feeds))[0]
+
+
+def _joined_feeds(feeds: list[Feed]) -> Feed:
+    noise = Noise(*(torch.cat(part) for part in zip(*(feed.noise for feed in feeds), strict=True)))
+    rows = [feed.rows for feed in feeds if feed.rows is not None]
+    return Feed(noise, torch.cat(rows) if rows else None)
 
 
 def _joined(blocks: list[Moments]) -> Moments:
@@ -199,6 +219,7 @@ def _directional(gradients: Tensor, direction: Tensor) -> Tensor:
     unit = direction / direction.norm()
     along = gradients @ unit
     across = (gradients - along.unsqueeze(-1) * unit).norm(dim=-1)
+    across = torch.where(across > ROUNDING * along.abs(), across, 0.0)
     ratio: Tensor = along.abs() / across
     return ratio
 
@@ -210,31 +231,50 @@ def _squared_norm(moments: Moments, part: slice) -> tuple[float, float]:
 
 
 def _group(blocks: list[Moments], part: slice, ratios: Tensor, target: Tensor | None) -> GroupSignal:
-    def aggregate(moments: Moments) -> float:
-        value, trace = _squared_norm(moments, part)
-        return math.sqrt(max(value, 0.0) / trace) if trace > 0 else math.inf
-
-    def rmse(moments: Moments) -> float:
-        assert target is not None
-        distance = (moments.squares[part] - 2 * target * moments.total[part]) / moments.number + target * target
-        return math.sqrt(max(float(distance.sum()), 0.0))
-
-    whole = _joined(blocks)
-    value, trace = _squared_norm(whole, part)
-    distance = unavailable("no reference gradient was given") if target is None else _jackknife(blocks, rmse)
-    return GroupSignal(_jackknife(blocks, aggregate), _mean(ratios), distance, value, trace)
+    value, trace = _squared_norm(_joined(blocks), part)
+    rmse = unavailable("no reference gradient was given") if target is None else _error(blocks, part, target)
+    return GroupSignal(_aggregate(blocks, part), _mean(ratios), rmse, value, trace)
 
 
-def _jackknife(blocks: list[Moments], statistic: Callable[[Moments], float], level: float = 0.95) -> Estimate:
-    """A statistic of all draws, with the interval of leaving out one block at a time."""
-    value = statistic(_joined(blocks))
-    if not math.isfinite(value):
+def _aggregate(blocks: list[Moments], part: slice, level: float = 0.95) -> Estimate:
+    r""":math:`\sqrt{U / \operatorname{tr}\Sigma}`; the interval holds all c whose square is not surprising.
+
+    That is :math:`(U - c^2 T)^2 \le z^2 (\text{slope}\, c^2 T + \text{floor} + c^4 \operatorname{Var} T)`, Fieller's
+    for a ratio. The noise of U is that of the block means; its variance is taken at c, as in
+    :func:`~bbvi_conv.monitor.gradient_norm.squared_norm`. T is the trace, its variance a jackknife.
+    """
+    value, trace = _squared_norm(_joined(blocks), part)
+    if trace <= 0.0:
         return unavailable("the estimator has no noise: its signal-to-noise ratio is infinite")
+    noise = squared_norm(gram_matrix(torch.stack([block.mean[part] for block in blocks])), level)
+    slope, floor, z = noise.variance_slope, noise.variance_floor, student_quantile(level, len(blocks) - 1)
+    curvature = trace**2 - (z * _jackknife_error(blocks, lambda m: _squared_norm(m, part)[1])) ** 2
+    if curvature <= 0.0:
+        return unavailable("the noise of the gradient is itself not known from so few draws: raise num_estimates")
+    centre = value * trace + z * z * slope * trace / 2
+    root = math.sqrt(max(centre**2 - curvature * (value**2 - z * z * floor), 0.0))
+    low = max((centre - root) / curvature, 0.0) if value > 0.0 else 0.0
+    high = max((centre + root) / curvature, z * math.sqrt(floor) / trace)
+    return Estimate(math.sqrt(max(value, 0.0) / trace), math.sqrt(low), math.sqrt(high))
+
+
+def _error(blocks: list[Moments], part: slice, target: Tensor, level: float = 0.95) -> Estimate:
+    """Root mean squared distance to the target; the interval is symmetric in its logarithm, for squares are skewed."""
+
+    def log_error(moments: Moments) -> float:
+        distance = (moments.squares[part] - 2 * target * moments.total[part]) / moments.number + target * target
+        return 0.5 * math.log(float(distance.sum().clamp(min=torch.finfo(torch.float64).tiny)))
+
+    value = math.exp(log_error(_joined(blocks)))
+    factor = math.exp(student_quantile(level, len(blocks) - 1) * _jackknife_error(blocks, log_error))
+    return Estimate(value, value / factor, value * factor)
+
+
+def _jackknife_error(blocks: list[Moments], statistic: Callable[[Moments], float]) -> float:
+    """Standard error of a statistic of all draws, by leaving out one block at a time."""
     left_out = torch.tensor([statistic(_joined(blocks[:i] + blocks[i + 1 :])) for i in range(len(blocks))])
     count = len(blocks)
-    error = math.sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
-    half = student_quantile(level, count - 1) * error
-    return Estimate(value, max(value - half, 0.0), value + half)
+    return math.sqrt((count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum()))
 
 
 def _mean(values: Tensor, level: float = 0.95) -> Estimate:
@@ -252,6 +292,10 @@ def _flat(program: Program, values: dict[str, Tensor] | None, start: Tensor) -> 
     if unknown:
         names = [leaf.name for leaf in program.leaves]
         raise ValueError(f"there is no leaf {sorted(unknown)[0]!r}; the leaves are {names}")
+    for leaf in program.leaves:
+        given = values.get(leaf.name)
+        if given is not None and given.shape != leaf.tensor.shape:
+            raise ValueError(f"leaf {leaf.name!r} has shape {tuple(leaf.tensor.shape)}, got {tuple(given.shape)}")
     parts = torch.split(start, program.sizes)
     chosen = [values.get(leaf.name) for leaf in program.leaves]
     return torch.cat([part if v is None else v.reshape(-1).to(start) for part, v in zip(parts, chosen, strict=True)])

@@ -16,6 +16,7 @@ from bbvi_conv.monitor.state import CONDITIONAL, THIS_RUN, MonitorState, Summary
 from bbvi_conv.monitor.strata import Strata
 from bbvi_conv.objectives import ELBO, Objective
 from bbvi_conv.program.build import build
+from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.noise import generator
 from bbvi_conv.program.trace import TracedLogWeights, Untraceable
 
@@ -117,6 +118,8 @@ class GradientMonitor:
         if self._calculus is not None and self._is_current(self._calculus, args, kwargs):
             return self._calculus
         program = build(self.model, self.guide, args, kwargs, dtype=_dtype(), loop=True)
+        if self.objective.analytic_kl:
+            program.analytic = closed_form_sites(program)
         try:
             traced = Calculus(program, self.objective, TracedLogWeights(program), 1.0)
         except Untraceable:

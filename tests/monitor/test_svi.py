@@ -283,3 +283,21 @@ def test_a_model_that_cannot_be_traced_is_monitored_draw_by_draw() -> None:
     monitor.update()
     look = monitor.state.looks[0].total
     assert abs(look.value - squared_gradient(x)) < 4 * look.standard_error
+
+
+def test_an_analytic_kl_is_looked_at_as_such() -> None:
+    """Where the data say little the noise of the gradient is that of the KL, which the closed form does not have."""
+
+    def vague(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(DIM), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 30.0).to_event(1), obs=x)
+
+    x = rows()[:BATCH]
+    guide(x)
+    traces = []
+    for objective in (ELBO(), ELBO(analytic_kl=True)):
+        monitor = GradientMonitor(vague, guide, objective=objective, strata=EVERY, num_gradients=32)
+        assert monitor.update(x)
+        traces.append(monitor.state.looks[0].total.trace_sigma)
+    assert traces[1] < 0.01 * traces[0]
