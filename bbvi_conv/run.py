@@ -49,7 +49,7 @@ class Settings:
         window: steps in the first window; later ones double.
         num_gradients: J, independent gradients at a look.
         strata: steps between looks; None: the default, or sparser for large programs, where a look costs J steps.
-        khat_draws: draws for k-hat.
+        khat_draws: draws for k-hat; over several units at most 2,000 each.
         update_modules: leave ``nn.Module`` parameters at the fitted values.
     """
 
@@ -68,7 +68,7 @@ class Settings:
     window: int = 500
     num_gradients: int = 32
     strata: Strata | None = None
-    khat_draws: int = 2000
+    khat_draws: int = 10_000
     update_modules: bool = True
 
     def bound(self) -> Objective | GrowingParticles:
