@@ -130,7 +130,7 @@ def _build(
 
     def attempt(args: tuple[Any, ...], rows: Tensor | None = None) -> _Pass:
         with torch.random.fork_rng(devices=[]), quiet_pyro(None, dtype):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             made = guide if guide is not None else family(model)  # type: ignore[misc]
         store = pyro.get_param_store().get_state() if loop else {"params": {}, "constraints": {}}
         return _eager_pass(model, made, args, kwargs, minibatch, rows, dtype, seed, store)
@@ -215,7 +215,7 @@ def _eager_pass(
     """Run guide and model once under Pyro's validation; lazy guides are built by a run before it."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         stack.enter_context(quiet_pyro(store, dtype, validate=True))
         modules = stack.enter_context(called_modules())
         if minibatch and rows is not None:

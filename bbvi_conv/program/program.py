@@ -246,7 +246,7 @@ class Program:
             if self.untaped and noise is not None:
                 stack.enter_context(torch.random.fork_rng(devices=[]))
                 high, low = (int(float(u) * 2**24) for u in noise.uniform[:UNTAPED_SEED])
-                torch.manual_seed((high << 24) + low)
+                torch.default_generator.manual_seed((high << 24) + low)
             if batch.indices is not None and self.plate is not None:
                 stack.enter_context(Rows(self.plate, batch.indices))
             stack.enter_context(taped(tape))
