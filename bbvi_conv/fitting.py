@@ -97,10 +97,15 @@ def fit(
         from bbvi_conv.archive import Archive
 
         archive = Archive.create(out)
-    run = Run(program, chosen, None if held_out is None else program.with_data(held_out))
-    if archive is not None:
-        archive.describe(run, source)
-    state = run.start(_start(program, init))
+    try:
+        run = Run(program, chosen, None if held_out is None else program.with_data(held_out))
+        state = run.start(_start(program, init))
+        if archive is not None:
+            archive.describe(run, source)
+    except BaseException:
+        if archive is not None:
+            archive.close()
+        raise
     return _drive(run, state, chosen.max_steps, archive, source, progress, on_look)
 
 

@@ -160,37 +160,11 @@ class Judge:
         slices = program.groups
         variational = active[(active >= slices["phi"].start)]
         grads = grads if control is None else control.quiet(grads, feed.noise)
-        gap_matrix, gap_reason = self._hessian(x, active, keys, large)
-        fisher, fisher_reason = self._fisher(x, variational, keys, large)
-
-        def natural() -> Estimate:
-            if fisher is None:
-                return unavailable(fisher_reason)
-            name = "the Fisher information of q (as estimated from few draws)"
-            if isinstance(fisher, Tensor):
-                return scaled(half_norm(grads[:, variational], fisher, name), factor)
-            return scaled(half_norm_by_products(grads[:, variational], fisher, name), factor)
+        hessian, fisher = self._hessian(x, active, keys, large), self._fisher(x, variational, keys, large)
 
         def gap() -> Estimate:
-            if gap_matrix is None:
-                return unavailable(gap_reason)
-            if isinstance(gap_matrix, Tensor):
-                return scaled(
-                    half_norm(
-                        grads[:, active],
-                        gap_matrix,
-                        "the Hessian of the loss (run on until the parameters are near a minimum)",
-                    ),
-                    factor,
-                )
-            return scaled(
-                half_norm_by_products(
-                    grads[:, active],
-                    gap_matrix,
-                    "the Hessian of the loss (run on until the parameters are near a minimum)",
-                ),
-                factor,
-            )
+            name = "the Hessian of the loss (run on until the parameters are near a minimum)"
+            return scaled(_half_norm(grads[:, active], hessian, name), factor)
 
         result = gap()
         while len(grads) < most and _straddles(result, self.tolerance):
@@ -199,7 +173,8 @@ class Judge:
             fresh, _ = self.cheap.gradients(x, feed)
             grads = torch.cat([grads, fresh if control is None else control.quiet(fresh, feed.noise)])
             result = gap()
-        return natural(), result
+        name = "the Fisher information of q (as estimated from few draws)"
+        return scaled(_half_norm(grads[:, variational], fisher, name), factor), result
 
     def _control(self, x: Tensor, keys: _Keys) -> Control | None:
         """Control variate for the gradients at ``x``, fitted on draws of its own; only where draws are cheap."""
@@ -214,33 +189,44 @@ class Judge:
         draws = 16 if large else max(64, min(most, MATRIX_EVALUATIONS // size))
         return self._feed(calculus, "evaluate", keys.next(), draws)
 
-    def _hessian(self, x: Tensor, active: Tensor, keys: _Keys, large: bool) -> tuple[Tensor | _Product | None, str]:
+    def _hessian(self, x: Tensor, active: Tensor, keys: _Keys, large: bool) -> Tensor | _Product | str:
+        """The matrix, its products where it is large, or why there is none."""
         feed = self._matrix_feed(self.plain, len(active), keys, large)
         program = self.calculus.program
         if program.implicit:
-            return None, "a draw has an implicit gradient (gamma, beta or Dirichlet), which has no second derivative"
+            return "a draw has an implicit gradient (gamma, beta or Dirichlet), which has no second derivative"
         if program.structure.score_sites:
             return (
-                None,
-                f"site {program.structure.score_sites[0]!r} has no pathwise gradient, hence no Hessian on fixed noise",
+                f"site {program.structure.score_sites[0]!r} has no pathwise gradient, hence no Hessian on fixed noise"
             )
+        if not self.calculus.objective.conservative:
+            return "theta and phi follow different bounds: their gradients are not those of one function"
         try:
             product = _Product(lambda v: self.plain.hessian_product(x, v, feed), x, active)
-            return (product if large else product.dense()), ""
+            return product if large else product.dense()
         except (Untraceable, NotImplementedError, RuntimeError) as error:
-            return None, f"the loss has no second derivative here ({error})"
+            return f"the loss has no second derivative here ({error})"
 
-    def _fisher(self, x: Tensor, active: Tensor, keys: _Keys, large: bool) -> tuple[Tensor | _Product | None, str]:
+    def _fisher(self, x: Tensor, active: Tensor, keys: _Keys, large: bool) -> Tensor | _Product | str:
+        """The matrix, its products where it is large, or why there is none."""
         feed = self._matrix_feed(self.cheap, max(1, len(active)), keys, large)
         if not self.cheap.objective.split:
-            return None, self.estimator_note or "the guide's density at a given value is not to be had"
+            return self.estimator_note or "the guide's density at a given value is not to be had"
         if len(active) == 0:
-            return None, "there are no variational parameters"
+            return "there are no variational parameters"
         try:
             product = _Product(lambda v: self.cheap.fisher_product(x, v, feed), x, active)
-            return (product if large else product.dense()), ""
+            return product if large else product.dense()
         except (Untraceable, NotImplementedError, RuntimeError) as error:
-            return None, f"log q has no second derivative here ({error})"
+            return f"log q has no second derivative here ({error})"
+
+
+def _half_norm(gradients: Tensor, matrix: Tensor | _Product | str, name: str) -> Estimate:
+    if isinstance(matrix, str):
+        return unavailable(matrix)
+    if isinstance(matrix, Tensor):
+        return half_norm(gradients, matrix, name)
+    return half_norm_by_products(gradients, matrix, name)
 
 
 class _Product:

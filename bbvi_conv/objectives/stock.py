@@ -17,8 +17,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bbvi_conv.program.build import dependent_sites
-from bbvi_conv.program.program import anew, guide_trace
-from bbvi_conv.program.structure import Structure, analyse, revalued
+from bbvi_conv.program.program import Rows, anew, guide_trace
+from bbvi_conv.program.structure import Structure, analyse, is_plate, revalued
 from bbvi_conv.program.tape import Tape
 from bbvi_conv.program.terms import Terms, collect
 
@@ -75,8 +75,15 @@ class _StockDraws:
 
     def __init__(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], draws: int) -> None:
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
-        self._drawn = [guide_trace(guide, args, kwargs) for _ in range(draws)]
-        self._modelled = [self._run_model(drawn) for drawn in self._drawn]
+        first = guide_trace(guide, args, kwargs)
+        self._rows: dict[str, Tensor] = {}
+        self._drawn, self._modelled = [first], [self._run_model(first)]
+        self._rows = {n: s["value"] for t in (first, self._modelled[0]) for n, s in t.nodes.items() if is_plate(s)}
+        for _ in range(draws - 1):  # all draws of a K-sample bound see the same rows
+            with Rows(self._rows):
+                drawn = guide_trace(guide, args, kwargs)
+            self._drawn.append(drawn)
+            self._modelled.append(self._run_model(drawn))
         theta, phi = _leaves(self._modelled[0]), _leaves(self._drawn[0])
         self._theta, self._phi = list(theta.values()), list(phi.values())
         self.has_theta, self.shared = bool(theta), sorted(set(theta) & set(phi))
@@ -93,7 +100,7 @@ class _StockDraws:
         for drawn, modelled in zip(self._drawn, self._modelled, strict=True):
             given, guide = (drawn if phi else revalued(drawn, Tensor.detach)), drawn
             if density != phi or not density:
-                with _holding([] if density else self._phi), poutine.replay(trace=anew(given)):
+                with Rows(self._rows), _holding([] if density else self._phi), poutine.replay(trace=anew(given)):
                     guide = guide_trace(self._guide, self._args, self._kwargs)
                     guide.compute_log_prob()
             drawn.compute_log_prob()
@@ -119,7 +126,8 @@ class _StockDraws:
         return (frame.full_size or frame.size) / frame.size if frame.vectorized else 1.0
 
     def _run_model(self, drawn: Trace) -> Trace:
-        return poutine.trace(poutine.replay(self._model, trace=drawn)).get_trace(*self._args, **self._kwargs)
+        with Rows(self._rows):
+            return poutine.trace(poutine.replay(self._model, trace=drawn)).get_trace(*self._args, **self._kwargs)
 
     def _find_structure(self) -> Structure:
         try:
