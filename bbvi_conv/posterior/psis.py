@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 MIN_UNITS, MAX_UNITS = 100, 200
 MIN_DRAWS = 25
-UNIT_DRAWS = 2000
 _KEY = 1_000_003  # a block of the stream that no export reaches
 
 
@@ -61,7 +60,7 @@ def tail_shape(program: Program, x: Tensor, *, num_samples: int = 2000, seed: in
     Args:
         program: the program.
         x: flat parameters ``(P,)``.
-        num_samples: S, at most 2,000 for each of several units.
+        num_samples: S.
         seed: of the noise.
 
     Returns:
@@ -75,7 +74,7 @@ def tail_shape(program: Program, x: Tensor, *, num_samples: int = 2000, seed: in
         return unavailable("the guide is a point estimate without noise: use a family with a density")
     x = x.detach()
     if math.prod(program.structure.unit_shape) > 1:
-        return _over_units(*_unit_weights(program, x, min(num_samples, UNIT_DRAWS), seed))
+        return _over_units(*_unit_weights(program, x, num_samples, seed))
     log_w = _joint_weights(program, x, num_samples, seed)
     if isinstance(log_w, str):
         return unavailable(log_w)
