@@ -164,8 +164,6 @@ class Archive:
 
             file = load_model(found.path if found.name is None else f"{found.path}:{found.name}", seed=chosen.seed)
             model, guide, found_args, kwargs = file.model, file.guide, file.args, file.kwargs
-            if stored.get("family") is not None:
-                guide = guide if chosen.family is None else None
         if data_hash(found_args, kwargs or {}) != config["data_sha256"]:
             raise ValueError(f"the data are not those of the run in {self.directory.path}: give the same, or fit anew")
         return Plan(model, guide, found_args, kwargs or {}, chosen, found)

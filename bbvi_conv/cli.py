@@ -180,8 +180,7 @@ def _settings(found: ModelFile, options: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from bbvi_conv.families import FAMILIES
-    from bbvi_conv.objectives import ELBO, OBJECTIVES
-    from bbvi_conv.optim import Adam
+    from bbvi_conv.objectives import OBJECTIVES
     from bbvi_conv.run import Settings
 
     names = [field.name for field in dataclasses.fields(Settings)]
@@ -198,19 +197,21 @@ def _settings(found: ModelFile, options: dict[str, Any]) -> dict[str, Any]:
         if found.guide is not None:
             raise ValueError(f"{found.path} has a guide of its own, so --family does not apply: leave it out")
         settings["family"] = _pick("family", options["family"], FAMILIES)()
+    if "minibatch" in options or "plate" in options:
+        settings["minibatch"] = _minibatch(settings.get("minibatch"), options)
+    chosen = Settings(**settings)  # which fills in the bound and the rule that a minibatch or its absence calls for
     details = {"particles": "num_particles", "estimator": "estimator"}
     details = {option: name for option, name in details.items() if option in options}
     if "objective" in options or details:
-        base = settings.get("objective", ELBO())
+        base: Any = chosen.bound()
         if "objective" in options:
-            base = _pick("objective", options["objective"], OBJECTIVES)()
+            kind = _pick("objective", options["objective"], OBJECTIVES)
+            base = base if type(base) is kind else kind()
         settings["objective"] = _replaced(base, {name: options[option] for option, name in details.items()}, details)
     if "step_size" in options:
-        optimiser = settings.get("optimiser", Adam())
+        optimiser: Any = chosen.rule()
         rule = _replaced(optimiser.step_size, {"size": options["step_size"]}, {"step-size": "size"})
         settings["optimiser"] = dataclasses.replace(optimiser, step_size=rule)
-    if "minibatch" in options or "plate" in options:
-        settings["minibatch"] = _minibatch(settings.get("minibatch"), options)
     return settings
 
 

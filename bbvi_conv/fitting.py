@@ -148,6 +148,8 @@ def _drive(
     on_look: OnLook | None,
 ) -> Fit:
     """Advance to the end, or to Ctrl-C, keeping the run directory up to date; then conclude."""
+    if archive is not None:
+        archive.directory.lock()  # before any step: a second writer is refused at once
     latest, interrupted = state, False
     before = [CalledModule(m, own_buffers(m)) for m in run.program.modules]
     with Progress(run, max_steps, shown=progress) as bar:
@@ -175,7 +177,10 @@ def _drive(
         restore_buffers(before)
     result = Fit(run, latest, archive=archive, source=source, interrupted=interrupted)
     if archive is not None:
-        archive.conclude(result)
+        try:
+            archive.conclude(result)
+        finally:
+            archive.close()
     return result
 
 

@@ -79,6 +79,8 @@ class CosineDecay:
     def __post_init__(self) -> None:
         _positive("step size", self.size)
         _positive("decay steps", self.steps)
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final must lie in [0, 1], got {self.final}")
 
     def __call__(self, n: Tensor) -> Tensor:
         """Half a cosine from ``size`` down to ``final * size``."""
@@ -137,6 +139,7 @@ class Adam:
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             if not 0 <= beta < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {beta}")
+        _positive("eps", self.eps)
 
     def init(self, x: Tensor) -> tuple[Tensor, ...]:
         """First and second moment, zero."""

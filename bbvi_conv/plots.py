@@ -85,7 +85,7 @@ def bound(fit: Fit) -> Figure:
         axis.ticklabel_format(axis="y", useOffset=False)
     axes[0].set_xscale("log")
     axes[0].set_ylabel(f"bound, nats{_per(fit)}")
-    _legend(axes[1])
+    _legend_below(figure, axes[1])
     figure.suptitle(f"Bound: {type(fit.settings.bound()).__name__}")
     return figure
 
@@ -112,9 +112,9 @@ def gap(fit: Fit) -> Figure:
         if absent:
             steps = ", ".join(str(c.step) for c in absent)
             missing.append(f"{name}: not available at {steps} ({of(absent[-1]).reason})")
-            for step, estimate in points:
-                if not estimate.available:
-                    axis.plot([step], [0.03], marker="x", color=colour, transform=axis.get_xaxis_transform(), ms=7)
+            at = [step for step, estimate in points if not estimate.available]
+            transform, label = axis.get_xaxis_transform(), f"{name}: not available"
+            axis.plot(at, [0.03] * len(at), "x", color=colour, transform=transform, ms=7, label=label)
     tol = fit.settings.tol
     axis.axhline(tol, color="black", ls="--", lw=1, label=f"tolerance {tol:g} nats")
     axis.axhline(0.0, color=GREY, lw=0.6)
@@ -125,11 +125,14 @@ def gap(fit: Fit) -> Figure:
     low = min([0.0, *(float(e.low) for c in checks for _, of, _, _ in parts if (e := of(c)).low is not None)])
     axis.set_ylim(min(-tol, 2.0 * low), top)
     axis.set_xlabel("optimiser step of the check")
-    axis.set_ylabel("nats, whole data (linear below the tolerance)")
-    _legend(axis)
+    axis.set_ylabel("nats (linear below the tolerance)")
+    _legend_below(figure, axis)
     figure.suptitle("Distance from the optimum at every check")
     if missing:
-        _footnote(figure, missing)
+        width = int(figure.get_figwidth() * 15)
+        lines = "\n".join(_wrapped(sentence, width) for sentence in missing)
+        axis.set_xlabel(f"{axis.get_xlabel()}\n{lines}", fontsize=8)
+        figure.set_figheight(figure.get_figheight() + 0.17 * (lines.count("\n") + 1 + len(missing)))
     return figure
 
 
@@ -153,9 +156,9 @@ def rate(fit: Fit) -> Figure:
         _power_law(
             right, run, found.plateau.exponent, found.plateau.window, GREEN, "exponent of the plateau test's window"
         )
-    right.set_title(f"norm itself: {found.plateau.trend}")
+    right.set_title(f"norm itself: {found.plateau.trend}", fontsize=10)
     right.set_xlabel("optimiser step")
-    right.set_ylabel(f"squared gradient norm, nats²{_per(fit, squared=True)}")
+    right.set_ylabel(f"squared norm, nats²{_per(fit, squared=True)}")
     _legend_below(figure, left, right)
     figure.suptitle(f"How fast the squared gradient norm falls\n{_wrapped(found.plateau.reason, 110)}", fontsize=10)
     return figure
@@ -167,7 +170,7 @@ KINDS: dict[str, Callable[[Any], Figure]] = {"gradient_norm": gradient_norm, "bo
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2 if columns == 1 else 4.6 * columns, 4.4), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(7.2 if columns == 1 else 2.8 + 3.1 * columns, 4.4), dpi=DPI, layout="constrained")
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for axis in axes:
         axis.grid(True, which="major", color="#E4E4E4", lw=0.6)
@@ -244,7 +247,7 @@ def _ratio_panel(axis: Axes, run: Series, constant: float, slope: Estimate, wind
         axis.axvspan(n[0], n[-1], color=ORANGE, alpha=0.06, lw=0)
     else:
         axis.text(0.03, 0.03, _wrapped(f"no slope: {slope.reason}", 52), transform=axis.transAxes, fontsize=8)
-    axis.set_title(r"running mean over $C\,\log n/\sqrt{n}$ (claim: slope $\leq 0$)")
+    axis.set_title(r"running mean over $C\,\log n/\sqrt{n}$ (claim: slope $\leq 0$)", fontsize=10)
     axis.set_xlabel("optimiser step")
     axis.set_ylabel("ratio")
 
@@ -299,11 +302,6 @@ def _per(fit: Fit, *, squared: bool = False) -> str:
     return " per datum²" if squared else " per datum"
 
 
-def _legend(axis: Axes) -> None:
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
-
-
 def _legend_below(figure: Figure, *axes: Axes) -> None:
     """One legend for all axes, outside them."""
     found = [pair for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
@@ -316,13 +314,6 @@ def _empty(axis: Axes, message: str) -> None:
     axis.text(0.5, 0.5, _wrapped(message, 50), ha="center", va="center", transform=axis.transAxes)
     axis.set_xticks([])
     axis.set_yticks([])
-
-
-def _footnote(figure: Figure, sentences: Sequence[str]) -> None:
-    """Sentences below the axes, in room of their own."""
-    width = int(figure.get_figwidth() * 15)
-    text = "\n".join(_wrapped(sentence, width) for sentence in sentences)
-    figure.supxlabel(text, fontsize=8, x=0.01, ha="left")
 
 
 def _wrapped(text: str, width: int) -> str:

@@ -175,7 +175,8 @@ def _check_row(check: Any) -> list[str]:
 
 def _title(fit: Fit) -> str:
     if fit.source is not None:
-        return f"{fit.source.path}:{fit.source.name}" if fit.source.name else str(fit.source.path)
+        name = Path(fit.source.path).name
+        return f"{name}:{fit.source.name}" if fit.source.name else name
     model = fit.program.model
     return str(getattr(model, "__qualname__", type(model).__name__))
 
@@ -185,6 +186,7 @@ def _facts(fit: Fit) -> list[tuple[str, str]]:
     guide = getattr(program.guide, "__qualname__", type(program.guide).__name__)
     sizes = {name: part.stop - part.start for name, part in program.groups.items()}
     facts = [
+        ("model file", "none: the model was given" if fit.source is None else str(fit.source.path)),
         ("unit", program.structure.describe()),
         ("guide", str(guide)),
         ("parameters", ", ".join(f"{size:,} {name}" for name, size in sizes.items() if size) or "none"),

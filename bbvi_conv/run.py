@@ -229,6 +229,9 @@ class Run:
     def _look(self, state: FitState, index: int) -> FitState:
         start = self.clock()
         grams, losses = self.judge.grams(state.carry.x, index)
+        if not all(bool(gram.isfinite().all()) for gram in grams.values()):
+            frozen = state.carry._replace(bad=state.carry.step.clone())
+            return state._replace(carry=frozen, seconds=self._timed(state, "monitor", start))
         entry = look(
             state.step,
             index,

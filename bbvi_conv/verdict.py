@@ -152,7 +152,9 @@ def _why_none(evidence: Evidence) -> str:
 def _worst_fall(evidence: Evidence, tolerance: float) -> float | None:
     """Largest fall of the bound over one of the last windows that is significantly above the tolerance, negative."""
     recent = [c.improvement for c in evidence.checks[-DOUBLINGS:]]
-    return min((e.value for e in recent if e.value is not None and e.high is not None and e.high < -tolerance), default=None)
+    return min(
+        (e.value for e in recent if e.value is not None and e.high is not None and e.high < -tolerance), default=None
+    )
 
 
 def _not_done(evidence: Evidence, tolerance: float) -> Outcome:

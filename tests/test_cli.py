@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bbvi_conv.cli import app
+from bbvi_conv.program import Minibatch
+from bbvi_conv.run import Settings
+from bbvi_conv.settings import decode
 
 MODEL = """
 import pyro, pyro.distributions as dist, torch
@@ -233,6 +237,27 @@ def test_a_minibatch_from_the_options(tmp_path: Path) -> None:
     assert result.exit_code in (0, 3), (result.output, result.exception)
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert settings["minibatch"] == {"class": "Minibatch", "size": 2, "plate": "rows", "sampling": "iid"}
+
+
+def test_one_option_leaves_the_rest_of_the_librarys_choice(tmp_path: Path) -> None:
+    """The bound and the step-size rule depend on whether rows are subsampled; an option changes its own part only."""
+    whole, part, quiet = Settings(), Settings(minibatch=Minibatch(2, plate="rows")), "sticking-the-landing"
+    cases = (
+        (whole, ["--objective", "elbo"], whole.bound(), None),
+        (whole, ["--estimator", quiet], replace(whole.bound(), estimator=quiet), None),
+        (part, ["--particles", "7"], replace(part.bound(), num_particles=7), None),
+        (whole, ["--step-size", "0.5"], None, whole.rule()),
+        (part, ["--step-size", "0.5"], None, part.rule()),
+    )
+    for index, (base, options, objective, rule) in enumerate(cases):
+        rows = ["--minibatch", "2", "--plate", "rows"] if base is part else []
+        out = tmp_path / str(index)
+        result = call("fit", write(tmp_path, MODEL), "--out", out, "--steps", "5", *rows, *options)
+        assert result.exit_code == 3, (result.output, result.exception)
+        settings = json.loads((out / "config.json").read_text())["settings"]
+        assert decode(settings["objective"]) == objective
+        expected = None if rule is None else replace(rule, step_size=replace(rule.step_size, size=0.5))
+        assert decode(settings["optimiser"]) == expected
 
 
 def test_quiet_says_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,36 @@ from bbvi_conv.objectives.objective import Objective
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
-from bbvi_conv.program.program import Program, Terms
+from bbvi_conv.program.program import Program
+from bbvi_conv.program.terms import Terms
 from bbvi_conv.program.trace import TracedLogWeights, Untraceable, over_draws, to_graph
 
 CHUNK = 20_000_000
 """Numbers a vectorised evaluation may hold per parameter-sized array."""
 
 LogWeights = Callable[..., Terms]
+
+
+class _Draws:
+    """All draws at one point, with live and detached copies of the parameters: what an objective evaluates."""
+
+    def __init__(
+        self,
+        particles: LogWeights,
+        theta: dict[str, Tensor],
+        phi: dict[str, Tensor],
+        noise: Noise,
+        batch: Batch,
+        step: Tensor,
+    ) -> None:
+        self._particles, self._noise, self._batch, self.step = particles, noise, batch, step
+        self._theta = ({name: value.detach() for name, value in theta.items()}, theta)
+        self._phi = ({name: value.detach() for name, value in phi.items()}, phi)
+        self.has_theta = bool(theta)
+
+    def __call__(self, *, theta: bool = True, phi: bool = True, density: bool = True) -> Terms:
+        """Index 0 holds detached values, 1 live ones; the same object twice means one run of the guide."""
+        return self._particles(self._theta[theta], self._phi[phi], self._phi[density], self._noise, self._batch)
 
 
 class Calculus:
@@ -43,8 +67,11 @@ class Calculus:
         self.program, self.objective, self.normaliser = program, objective, normaliser
         self.log_weights = log_weights
         self.traced = isinstance(log_weights, TracedLogWeights)
+        objective.validate(program)
         if isinstance(log_weights, TracedLogWeights):
-            log_weights.prepare(joint=not objective.split)
+            log_weights.prepare(joint=True)
+            if objective.split:
+                log_weights.prepare(joint=False)
         self.vectorise = self.traced and self._vmaps()
         self.particles = over_draws(log_weights, (False, False, False, True, False), vectorise=self._many)
         self._graphs: dict[str, Callable[..., Any]] = {}
@@ -68,29 +95,27 @@ class Calculus:
 
     # ---- one evaluation ----
 
-    def loss(self, x: Tensor, noise: Noise, batch: Batch) -> Tensor:
-        """Scalar loss at noise ``(M, ...)``: a function torch can differentiate."""
+    def loss(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor) -> Tensor:
+        """Scalar loss at noise ``(draws, ...)`` and step number n: a function torch can differentiate."""
         theta, phi = self.program.split(x)
         score = bool(self.program.structure.score_sites)
-        total = self.objective.surrogate(
-            self.particles, theta, phi, noise, batch, scale=self.program.unit_scale, score=score
-        )
-        return total / self.normaliser
+        evaluate = _Draws(self.particles, theta, phi, noise, batch, n)
+        return self.objective.surrogate(evaluate, scale=self.program.unit_scale, score=score) / self.normaliser
 
-    def _gradient(self, x: Tensor, noise: Noise, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _gradient(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            loss = self.loss(x, noise, batch)
+            loss = self.loss(x, noise, batch, n)
             grad = _grad(loss, x)
         return grad, loss.detach()
 
-    def _hessian_product(self, x: Tensor, noise: Noise, batch: Batch, v: Tensor) -> Tensor:
+    def _hessian_product(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor, v: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            grad = _grad(self.loss(x, noise, batch), x, create_graph=True)
+            grad = _grad(self.loss(x, noise, batch, n), x, create_graph=True)
             return _grad(grad @ v, x) if grad.requires_grad else torch.zeros_like(x)
 
-    def _fisher_product(self, x: Tensor, noise: Noise, batch: Batch, v: Tensor) -> Tensor:
+    def _fisher_product(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor, v: Tensor) -> Tensor:
         """Minus the Hessian of log q in the density's parameters, at the fixed draw: its mean is the Fisher information."""
         theta, phi = self.program.split(x.detach())
         with torch.enable_grad():
@@ -123,8 +148,9 @@ class Calculus:
 
     # ---- many evaluations ----
 
-    def _map(self, name: str, x: Tensor, feed: Feed, *more: Tensor, out: int = 1) -> Any:
+    def _map(self, name: str, x: Tensor, feed: Feed, step: float, *more: Tensor) -> Any:
         """Map a method over the J evaluations of a feed, in pieces that fit in memory."""
+        more = (torch.full((), step, dtype=x.dtype, device=x.device), *more)
         count = len(feed.noise.normal)
         piece = max(1, min(count, CHUNK // max(1, len(x) * self.objective.draws)))
         first = feed.batch(self.program, 0)
@@ -148,24 +174,24 @@ class Calculus:
             return tuple(torch.cat(column) for column in zip(*results, strict=True))
         return torch.cat(results)
 
-    def gradients(self, x: Tensor, feed: Feed) -> tuple[Tensor, Tensor]:
-        """J independent gradients ``(J, P)`` and losses ``(J,)`` at the same ``x``."""
-        grads, losses = self._map("_gradient", x, feed)
+    def gradients(self, x: Tensor, feed: Feed, *, step: float = math.inf) -> tuple[Tensor, Tensor]:
+        """J independent gradients ``(J, P)`` and losses ``(J,)`` at the same ``x``; schedules as at ``step``, or at their end."""
+        grads, losses = self._map("_gradient", x, feed, step)
         return grads, losses
 
-    def losses(self, x: Tensor, feed: Feed) -> Tensor:
+    def losses(self, x: Tensor, feed: Feed, *, step: float = math.inf) -> Tensor:
         """Losses ``(J,)``, no gradient."""
         with torch.no_grad():
-            losses: Tensor = self._map("loss", x, feed)
+            losses: Tensor = self._map("loss", x, feed, step)
         return losses
 
-    def hessian_product(self, x: Tensor, v: Tensor, feed: Feed) -> Tensor:
+    def hessian_product(self, x: Tensor, v: Tensor, feed: Feed, *, step: float = math.inf) -> Tensor:
         """Mean Hessian of the loss over the feed, times ``v``."""
-        return self._map("_hessian_product", x, feed, v).mean(0)  # type: ignore[no-any-return]
+        return self._map("_hessian_product", x, feed, step, v).mean(0)  # type: ignore[no-any-return]
 
     def fisher_product(self, x: Tensor, v: Tensor, feed: Feed) -> Tensor:
         """Mean Fisher information of q over the feed (per ``normaliser``), times ``v``; needs a split objective."""
-        return self._map("_fisher_product", x, feed, v).mean(0)  # type: ignore[no-any-return]
+        return self._map("_fisher_product", x, feed, math.inf, v).mean(0)  # type: ignore[no-any-return]
 
     def on(self, program: Program) -> Calculus:
         """The same functions on other data: ``program.with_data(...)``."""

@@ -59,9 +59,9 @@ class Engine(Protocol):
 
 def step(calculus: Calculus, optimiser: Optimiser, carry: Carry, noise: Noise, batch: Batch) -> tuple[Carry, Tensor]:
     """One step; a non-finite loss or gradient leaves the carry as it was but for ``bad``."""
-    grad, loss = calculus._gradient(carry.x, noise, batch)
+    n = carry.step + 1
+    grad, loss = calculus._gradient(carry.x, noise, batch, n)
     with torch.no_grad():
-        n = carry.step + 1
         x, state = optimiser.update(grad, carry.state, carry.x, n)
         moved = Carry(x, state, include(carry.average, x), n, carry.bad)
         fine = torch.isfinite(loss) & torch.isfinite(grad.sum()) & (carry.bad < 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.streams import Feed, Stream
+from bbvi_conv.monitor.control import Control, fit_control, pilot_draws
 from bbvi_conv.monitor.distance import DENSE, half_norm, half_norm_by_products, paired_improvement, scaled
 from bbvi_conv.monitor.gradient_norm import gram_matrix
 from bbvi_conv.monitor.intervals import Estimate, unavailable
@@ -142,13 +143,16 @@ class Judge:
         program, factor = self.calculus.program, self.calculus.normaliser
         large = len(x) > DENSE
         count, most = (FIRST_DRAWS, MOST_DRAWS) if not large else (self.count, self.count)
-        grads, _ = self.cheap.gradients(x, self._feed(self.cheap, "evaluate", keys.next(), count))
+        control = None if large else self._control(x, keys)
+        feed = self._feed(self.cheap, "evaluate", keys.next(), count)
+        grads, _ = self.cheap.gradients(x, feed)
         active = torch.nonzero((grads != 0).any(0)).squeeze(-1)
         if len(active) == 0:
             zero = Estimate(0.0, 0.0, 0.0, "every gradient is exactly zero")
             return zero, zero
         slices = program.groups
         variational = active[(active >= slices["phi"].start)]
+        grads = grads if control is None else control.quiet(grads, feed.noise)
         gap_matrix, gap_reason = self._hessian(x, active, keys, large)
         fisher, fisher_reason = self._fisher(x, variational, keys, large)
 
@@ -184,14 +188,23 @@ class Judge:
         result = gap()
         while len(grads) < most and _straddles(result, self.tolerance):
             more = min(4 * len(grads), most) - len(grads)
-            grads = torch.cat(
-                [grads, self.cheap.gradients(x, self._feed(self.cheap, "evaluate", keys.next(), more))[0]]
-            )
+            feed = self._feed(self.cheap, "evaluate", keys.next(), more)
+            fresh, _ = self.cheap.gradients(x, feed)
+            grads = torch.cat([grads, fresh if control is None else control.quiet(fresh, feed.noise)])
             result = gap()
         return natural(), result
 
+    def _control(self, x: Tensor, keys: _Keys) -> Control | None:
+        """Control variate for the gradients at ``x``, fitted on draws of its own; only where draws are cheap."""
+        draws = pilot_draws(self._feed(self.cheap, "evaluate", keys.next(), 1).noise) if self.cheap.vectorise else 0
+        if draws == 0:
+            return None
+        feed = self._feed(self.cheap, "evaluate", keys.next(), draws)
+        return fit_control(self.cheap.gradients(x, feed)[0], feed.noise)
+
     def _matrix_feed(self, calculus: Calculus, size: int, keys: _Keys, large: bool) -> Feed:
-        draws = 16 if large else max(64, min(1024, MATRIX_EVALUATIONS // size))
+        most = 1024 if calculus.vectorise else 64  # run one by one, evaluations are dear
+        draws = 16 if large else max(64, min(most, MATRIX_EVALUATIONS // size))
         return self._feed(calculus, "evaluate", keys.next(), draws)
 
     def _hessian(self, x: Tensor, active: Tensor, keys: _Keys, large: bool) -> tuple[Tensor | _Product | None, str]:

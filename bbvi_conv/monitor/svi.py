@@ -59,6 +59,7 @@ class GradientMonitor:
         self.state = MonitorState(label=CONDITIONAL if draw_batch is None else THIS_RUN)
         self._iterate = 0
         self._calculus: Calculus | None = None
+        self._prepared_for: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def update(self, *args: Any, **kwargs: Any) -> bool:
         """Count one step, and look if this is the iterate drawn for its stratum; returns whether it looked.
@@ -88,6 +89,7 @@ class GradientMonitor:
                 batches = [args]
             else:
                 batches = [_as_tuple(self.draw_batch()) for _ in range(self.num_gradients)]
+        _check_alike(batches)
         calculus = self._prepare(batches[0], kwargs)
         program = calculus.program
         stacked = [_stack([b[i] for b in batches], i) for i in program.batched]
@@ -107,20 +109,30 @@ class GradientMonitor:
         self.state = update(self.state, entry)
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Calculus:
-        """The program of this model and guide, traced once; its leaves are the store's own tensors."""
-        if self._calculus is not None and self._is_current(self._calculus):
+        """The program of this model and guide; its leaves are the store's own tensors.
+
+        Traced once, and anew where the store holds other tensors, a batch has another shape, or something changed that
+        is not a positional tensor: all else is a constant of the trace.
+        """
+        if self._calculus is not None and self._is_current(self._calculus, args, kwargs):
             return self._calculus
         program = build(self.model, self.guide, args, kwargs, dtype=_dtype(), loop=True)
         try:
             traced = Calculus(program, self.objective, TracedLogWeights(program), 1.0)
         except Untraceable:
             traced = Calculus(program, self.objective, program.log_weights, 1.0)
-        self._calculus = quietest(traced)[0]
+        self._calculus, self._prepared_for = quietest(traced)[0], (args, _copied(kwargs))
         return self._calculus
 
-    def _is_current(self, calculus: Calculus) -> bool:
+    def _is_current(self, calculus: Calculus, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         params = pyro.get_param_store().get_state()["params"]
-        return all(params.get(leaf.name) is leaf.tensor for leaf in calculus.program.leaves)
+        earlier, named = self._prepared_for
+        return (
+            all(params.get(leaf.name) is leaf.tensor for leaf in calculus.program.leaves)
+            and _signature(args) == _signature(earlier)
+            and kwargs.keys() == named.keys()
+            and all(_same(kwargs[name], named[name]) for name in kwargs)
+        )
 
 
 def _dtype() -> torch.dtype:
@@ -129,6 +141,35 @@ def _dtype() -> torch.dtype:
 
 def _as_tuple(batch: Any) -> tuple[Any, ...]:
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def _signature(args: tuple[Any, ...]) -> list[Any]:
+    """Shape and type of tensors, other arguments themselves."""
+    return [(tuple(a.shape), a.dtype) if isinstance(a, Tensor) else a for a in args]
+
+
+def _copied(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and bool(torch.equal(one, other))
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
+
+
+def _check_alike(batches: list[tuple[Any, ...]]) -> None:
+    """Refuse minibatches that differ in the number of arguments, or in one that is not a tensor."""
+    counts = sorted({len(batch) for batch in batches})
+    if len(counts) != 1:
+        raise ValueError(f"draw_batch gave {counts} positional arguments; give the same number at every call")
+    for i, first in enumerate(batches[0]):
+        if any(isinstance(b[i], Tensor) != isinstance(first, Tensor) for b in batches) or (
+            not isinstance(first, Tensor) and any(b[i] != first for b in batches)
+        ):
+            raise ValueError(
+                f"draw_batch gave positional argument {i} with differing values; only tensors may differ within a look"
+            )
 
 
 def _stack(parts: list[Tensor], position: int) -> Tensor:

@@ -1,42 +1,62 @@
-"""The evidence lower bound."""
+"""The evidence lower bound, with a weight on the KL term."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
+import torch
 from torch import Tensor
 
-from bbvi_conv.objectives.objective import Particles
-from bbvi_conv.objectives.stock import StockLoss
-from bbvi_conv.program.minibatch import Batch
-from bbvi_conv.program.noise import Noise
-from bbvi_conv.program.program import Terms
-
-ESTIMATORS = ("pathwise", "sticking-the-landing")
+from bbvi_conv.objectives.checks import check_count, check_estimator
+from bbvi_conv.objectives.objective import PATHWISE, STICKING, KlWeight, Objective
 
 
 @dataclass(frozen=True)
-class ELBO(StockLoss):
-    r"""Evidence lower bound, in nats, summed over the data.
+class LinearWarmup:
+    """KL weight that rises from ``start`` to ``end`` over ``steps`` steps, then stays.
 
-    .. math:: L = E_q[\log p_\theta(x, z) - \log q_\phi(z)]
-              \approx \tfrac1M \sum_m \log p_\theta(x, z_m) - \log q_\phi(z_m), \quad z_m \sim q_\phi
+    Raises:
+        ValueError: if ``steps`` is below 1.
+    """
 
-    Also ``loss=`` of a stock ``pyro.infer.SVI``, and ``ELBO()(model, guide)(x)`` in a plain torch loop.
+    steps: int
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+
+    def __call__(self, n: Tensor) -> Tensor:
+        """Weight at step n."""
+        return self.start + (self.end - self.start) * (n / self.steps).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class ELBO(Objective):
+    r"""Evidence lower bound, in nats, summed over the data; beta-ELBO where ``kl_weight`` is not one.
+
+    .. math:: L_\beta = E_q[\log p_\theta(x | z) + \beta (\log p_\theta(z) - \log q_\phi(z))], \quad \beta = 1: L
+              = E_q[\log p_\theta(x, z) - \log q_\phi(z)]
+
+    estimated by the mean of M draws. Also ``loss=`` of a stock ``pyro.infer.SVI``, and ``ELBO()(model, guide)(x)`` in a
+    plain torch loop.
 
     Args:
         num_particles: M, independent draws averaged.
         estimator: ``"pathwise"`` differentiates both the draw and the density; ``"sticking-the-landing"`` detaches
             the density's parameters, whose score has mean zero: the gradient has the same expectation and no variance
             where q is the posterior. Sites without a pathwise gradient get the score function, with the mean of the
-            other draws as baseline when M > 1.
+            other draws as baseline when M > 1 (pathwise only).
+        kl_weight: beta, or a function of the step number such as :class:`LinearWarmup`.
+        analytic_kl: replace the Monte Carlo KL of a site by its closed form wherever that is provably the same in
+            expectation: guide and prior of the site depend on no other latent and torch knows their KL. Refused where
+            there is no such site.
 
     Raises:
-        ValueError: if ``num_particles`` is below 1 or the estimator is unknown.
+        ValueError: if ``num_particles`` is below 1, the estimator is unknown, or it cannot go with an analytic KL.
 
     Reference: Kingma and Welling (2014), https://arxiv.org/abs/1312.6114; Roeder et al. (2017),
-    https://arxiv.org/abs/1703.09194
+    https://arxiv.org/abs/1703.09194; Higgins et al. (2017), beta-VAE
 
     Example:
         >>> ELBO(num_particles=4).draws
@@ -44,13 +64,17 @@ class ELBO(StockLoss):
     """
 
     num_particles: int = 1
-    estimator: Literal["pathwise", "sticking-the-landing"] = "pathwise"
+    estimator: str = PATHWISE
+    kl_weight: KlWeight = 1.0
+    analytic_kl: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, got {self.num_particles}")
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"unknown estimator {self.estimator!r}; choose one of {', '.join(ESTIMATORS)}")
+        check_count("num_particles", self.num_particles)
+        check_estimator(self.estimator, (PATHWISE, STICKING))
+        if self.analytic_kl and self.estimator == STICKING:
+            raise ValueError(
+                "an analytic KL has no density to detach: use the pathwise estimator with analytic_kl=True"
+            )
 
     @property
     def draws(self) -> int:
@@ -58,43 +82,27 @@ class ELBO(StockLoss):
         return self.num_particles
 
     @property
-    def split(self) -> bool:
-        """Whether the density has its own copy of phi."""
-        return self.estimator == "sticking-the-landing"
+    def linear(self) -> bool:
+        """True."""
+        return True
 
-    def surrogate(
-        self,
-        particles: Particles,
-        theta: dict[str, Tensor],
-        phi: dict[str, Tensor],
-        noise: Noise,
-        batch: Batch,
-        *,
-        scale: float,
-        score: bool,
-    ) -> Tensor:
-        """Scalar ``()`` negative bound in nats; see :class:`~bbvi_conv.objectives.objective.Objective`."""
-        density = {name: value.detach() for name, value in phi.items()} if self.split else phi
-        return self.from_terms(particles(theta, phi, density, noise, batch), scale=scale, score=score)
+    def bound(self, log_w: Tensor) -> Tensor:
+        """Mean log-weight."""
+        return log_w.mean(0)
 
-    def from_terms(self, terms: Terms, *, scale: float, score: bool) -> Tensor:
-        """Scalar loss from terms with M in front; ``score`` adds the surrogate of non-pathwise sites."""
-        bounds = scale * (terms.log_p - terms.log_q).sum(-1) + terms.free
-        surrogate = bounds
-        if score:
-            fixed = bounds.detach()
-            others = (fixed.sum() - fixed) / (len(fixed) - 1) if len(fixed) > 1 else fixed * 0
-            surrogate = bounds + (fixed - others) * terms.score.sum(-1)
-        return -(bounds.detach() + surrogate - surrogate.detach()).mean()
+    def weights(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """1/M, 1/M."""
+        even = torch.full_like(log_w, 1 / len(log_w))
+        return even, even
 
     def quietest(self) -> ELBO:
-        """Sticking the landing: same expectation, no variance where q is the posterior."""
-        return replace(self, estimator="sticking-the-landing")
+        """Sticking the landing: same expectation, no variance where q is the posterior; itself with an analytic KL."""
+        return self if self.analytic_kl else replace(self, estimator=STICKING)
 
     def single(self) -> ELBO:
-        """One draw instead of M: the same gradient in expectation, for when many evaluations are averaged anyway."""
+        """One draw instead of M: the same gradient in expectation."""
         return replace(self, num_particles=1)
 
     def plain(self) -> ELBO:
         """One pathwise draw."""
-        return ELBO()
+        return replace(self, num_particles=1, estimator=PATHWISE)

@@ -1,55 +1,191 @@
-"""What an objective is to the engines and the monitor."""
+"""What an objective is to the engines and the monitor, and how a bound becomes a loss."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from bbvi_conv.program.minibatch import Batch
-from bbvi_conv.program.noise import Noise
-from bbvi_conv.program.program import Terms
+from bbvi_conv.objectives.stock import StockLoss
+from bbvi_conv.objectives.weights import learning_signals
+from bbvi_conv.program.terms import Terms
 
-Particles = Callable[..., Terms]
-"""``(theta, phi_sample, phi_density, noise (M, ...), batch) -> Terms`` with M in front."""
+if TYPE_CHECKING:
+    from bbvi_conv.program.program import Program
+    from bbvi_conv.program.structure import Structure
+
+PATHWISE = "pathwise"
+STICKING = "sticking-the-landing"
+DOUBLY = "doubly-reparameterised"
+
+KlWeight = float | Callable[[Tensor], Tensor]
+"""A number, or a function of the step number n = 1, 2, ... (a scalar tensor)."""
 
 
-class Objective(Protocol):
-    """A bound as a small frozen value."""
+class Evaluation(Protocol):
+    """All K draws of the program at one point; each copy of the parameters is live or detached.
+
+    Attributes:
+        step: n, a scalar tensor, for schedules.
+        has_theta: whether the model has parameters of its own.
+    """
+
+    step: Tensor
+    has_theta: bool
+
+    def __call__(self, *, theta: bool = True, phi: bool = True, density: bool = True) -> Terms:
+        """Terms with K in front. ``phi`` is the copy in the draw, ``density`` the copy in log q."""
+        ...
+
+
+class Objective(StockLoss):
+    r"""A bound as a small frozen value: a function of K log-weights per unit, and an estimator of its gradient.
+
+    With :math:`\log w_k = \log p_\theta(x, z_k) - \log q_\phi(z_k)`:
+
+    * ``pathwise`` differentiates everything. Sites without a pathwise gradient add
+      :math:`\sum_k (\hat L - \hat L_{-k}) \nabla \log q(z_k)`, their score with a leave-one-out baseline.
+    * ``sticking-the-landing`` (ELBO) detaches the density's parameters, whose score has mean zero.
+    * ``doubly-reparameterised`` (K > 1) weighs :math:`\partial_\theta \log p` and
+      :math:`(\partial_z \log w_k)(\partial_\phi z_k)` by :meth:`weights`.
+
+    Members say :meth:`bound` and :meth:`weights`; the rest follows.
+    """
+
+    estimator: str
+
+    # ---- what a member says ----
 
     @property
+    @abstractmethod
     def draws(self) -> int:
         """Runs of the program in one evaluation."""
-        ...
+
+    @property
+    @abstractmethod
+    def linear(self) -> bool:
+        """Whether the bound is linear in the log-weights: only then may terms be scaled N/B inside."""
+
+    @abstractmethod
+    def bound(self, log_w: Tensor) -> Tensor:
+        """Bound of every unit ``(U,)`` from log-weights ``(draws, U)``, in nats."""
+
+    @abstractmethod
+    def weights(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights ``(draws, U)`` of the model's and of the draw's gradient, for estimators with a detached density."""
+
+    @abstractmethod
+    def quietest(self) -> Objective:
+        """The same gradient in expectation, by the valid estimator with the least noise."""
+
+    @abstractmethod
+    def single(self) -> Objective:
+        """The same expectation at the least cost per evaluation, for when many are averaged anyway."""
+
+    @abstractmethod
+    def plain(self) -> Objective:
+        """The same bound by the pathwise estimator, at the least cost: twice differentiable on fixed noise."""
+
+    # ---- what follows ----
+
+    kl_weight: KlWeight = 1.0
+    analytic_kl: bool = False
+    conservative: bool = True
+    """Whether the estimator is the gradient of one function, which then has a Hessian."""
 
     @property
     def split(self) -> bool:
         """Whether the density needs its own copy of the variational parameters."""
-        ...
+        return self.estimator != PATHWISE
 
-    def surrogate(
-        self,
-        particles: Particles,
-        theta: dict[str, Tensor],
-        phi: dict[str, Tensor],
-        noise: Noise,
-        batch: Batch,
-        *,
-        scale: float,
-        score: bool,
-    ) -> Tensor:
-        """Scalar negative bound, in nats summed over the data; the value is the bound's, the gradient the estimator's."""
-        ...
+    def surrogate(self, evaluate: Evaluation, *, scale: float = 1.0, score: bool = False) -> Tensor:
+        """Scalar ``()`` loss: its value is the negative bound in nats, summed over the data; its gradient the estimator's.
 
-    def quietest(self) -> Objective:
-        """The same gradient in expectation, by the valid estimator with the least noise."""
-        ...
+        Args:
+            evaluate: the draws.
+            scale: N/B, outside the bound of each unit.
+            score: whether some site has no pathwise gradient.
+        """
+        if self.split:
+            return self._detached_density(evaluate, scale, score)
+        terms = evaluate()
+        log_w = self._log_weights(terms, evaluate.step)
+        value = scale * self.bound(log_w).sum() + terms.free.mean()
+        surrogate = value
+        if score:
+            signals = learning_signals(self.bound, log_w.detach())
+            surrogate = value + scale * (signals * terms.score).sum()
+        return -(value.detach() + surrogate - surrogate.detach())
 
-    def single(self) -> Objective:
-        """The same expectation at the least cost per evaluation, for when many are averaged anyway."""
-        ...
+    def _detached_density(self, evaluate: Evaluation, scale: float, score: bool) -> Tensor:
+        drawn = evaluate(theta=False, density=False)
+        log_w = self._log_weights(drawn, evaluate.step)
+        value, free = scale * self.bound(log_w).sum(), drawn.free.mean()
+        for_model, for_draw = self.weights(log_w.detach())
+        surrogate = scale * (for_draw * log_w).sum()
+        if score:
+            surrogate = surrogate + scale * (learning_signals(self.bound, log_w.detach()) * drawn.score).sum()
+        if evaluate.has_theta:
+            modelled = evaluate(phi=False, density=False)
+            free = modelled.free.mean()
+            surrogate = surrogate + scale * (for_model * self._log_weights(modelled, evaluate.step)).sum() + free
+        return -((value + free).detach() + surrogate - surrogate.detach())
 
-    def plain(self) -> Objective:
-        """The same bound by the pathwise estimator, one draw: twice differentiable on fixed noise."""
-        ...
+    def _log_weights(self, terms: Terms, step: Tensor) -> Tensor:
+        if isinstance(self.kl_weight, float) and self.kl_weight == 1.0:
+            return terms.log_p - terms.log_q
+        weight = self.kl_weight(step) if callable(self.kl_weight) else self.kl_weight
+        return terms.log_p - terms.log_prior + weight * (terms.log_prior - terms.log_q)
+
+    def at(self, step: int, looks: Any) -> Objective:
+        """The objective in force after ``step`` steps and these looks; itself, but for schedules of the number of draws."""
+        return self
+
+    def next_change(self, step: int) -> int | None:
+        """First later step at which :meth:`at` may differ by plan, if any."""
+        return None
+
+    def validate(self, program: Program) -> None:
+        """Refuse what has no unbiased estimator.
+
+        Raises:
+            ValueError: naming the plate, parameter or site and the way out.
+        """
+        subsampled = [] if program.plate is None else [program.plate]
+        shared = [leaf.name for leaf in program.leaves if leaf.group == "shared"]
+        self._refuse(program.structure, subsampled, shared)
+
+    def refuse_stock(self, structure: Structure, subsampled: list[str], shared: list[str]) -> None:
+        """The same in a stock loop, where there is no step number either.
+
+        Raises:
+            ValueError: naming the plate, parameter, site or option and the way out.
+        """
+        if callable(self.kl_weight):
+            raise ValueError("a schedule of kl_weight needs the step number: use bbvi_conv.fit, or a number per phase")
+        if self.analytic_kl:
+            raise ValueError("analytic_kl needs bbvi_conv.fit; in a stock loop use pyro.infer.TraceMeanField_ELBO")
+        self._refuse(structure, subsampled, shared)
+
+    def _refuse(self, structure: Structure, subsampled: list[str], shared: list[str]) -> None:
+        name = type(self).__name__
+        outside = [plate for plate in subsampled if plate not in structure.unit]
+        if outside and not self.linear:
+            raise ValueError(
+                f"{name} has no unbiased estimator when plate {outside[0]!r} is subsampled and a latent site lies outside "
+                f"it ({structure.describe()}); use the ELBO, or all rows"
+            )
+        if self.estimator != DOUBLY:
+            return
+        if shared:
+            raise ValueError(
+                f"{name} cannot be doubly reparameterised: model and guide share parameter {shared[0]!r}; "
+                f'use estimator="{PATHWISE}"'
+            )
+        if structure.score_sites:
+            raise ValueError(
+                f"{name} cannot be doubly reparameterised: site {structure.score_sites[0]!r} has no pathwise "
+                f'gradient; use estimator="{PATHWISE}", which gives it the score function'
+            )

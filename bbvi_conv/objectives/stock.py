@@ -1,48 +1,60 @@
-"""Objectives as ``loss=`` of a stock ``pyro.infer.SVI`` loop."""
+"""Objectives as ``loss=`` of a stock ``pyro.infer.SVI`` loop, on the parameters in Pyro's own store."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.elbo import ELBO as PyroELBO
 from pyro.infer.util import torch_item
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from bbvi_conv.program.program import Terms, anew, guide_trace
-from bbvi_conv.program.structure import random_sites
+from bbvi_conv.program.build import dependent_sites
+from bbvi_conv.program.program import anew, guide_trace
+from bbvi_conv.program.structure import Structure, analyse
 from bbvi_conv.program.tape import Tape
+from bbvi_conv.program.terms import Terms, collect
 
 
 class StockLoss(PyroELBO):  # type: ignore[misc]
-    """Pyro's loss interface on top of ``split``, ``draws`` and ``from_terms``; parameters live in Pyro's store."""
+    """Pyro's loss interface on top of ``draws`` and ``surrogate``."""
 
-    split: Any
-    draws: Any
-    from_terms: Callable[..., Tensor]
+    @property
+    @abstractmethod
+    def draws(self) -> int:
+        """Runs of the program in one evaluation."""
+
+    @abstractmethod
+    def surrogate(self, evaluate: Any, *, scale: float, score: bool) -> Tensor:
+        """Scalar loss of an evaluation."""
+
+    @abstractmethod
+    def refuse_stock(self, structure: Structure, subsampled: list[str], shared: list[str]) -> None:
+        """Raise where a stock loop cannot give an unbiased estimator."""
 
     def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kw: Any
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Scalar negative bound, in nats; its gradient with respect to the store's parameters is the estimator's."""
-        rows, score = [], False
-        for _ in range(self.draws):
-            terms, has_score = stock_terms(model, guide, args, kw, split=self.split)
-            rows.append(terms)
-            score = score or has_score
-        return self.from_terms(Terms(*(torch.stack(part) for part in zip(*rows, strict=True))), scale=1.0, score=score)
+        evaluate = _StockDraws(model, guide, args, kwargs, self.draws)
+        self.refuse_stock(evaluate.structure, evaluate.outside, evaluate.shared)
+        return self.surrogate(evaluate, scale=evaluate.scale, score=bool(evaluate.structure.score_sites))
 
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kw: Any) -> float:
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Value of the negative bound."""
         with torch.no_grad():
-            return float(torch_item(self.differentiable_loss(model, guide, *args, **kw)))
+            return float(torch_item(self.differentiable_loss(model, guide, *args, **kwargs)))
 
-    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kw: Any) -> float:
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Value of the negative bound; gradients are accumulated into the parameters."""
-        loss = self.differentiable_loss(model, guide, *args, **kw)
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         return float(torch_item(loss))
@@ -52,24 +64,102 @@ class StockLoss(PyroELBO):  # type: ignore[misc]
         return poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs), drawn
 
 
-def stock_terms(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, split: bool
-) -> tuple[Terms, bool]:
-    """Summed terms of one draw with Pyro's own scales, and whether a site has no pathwise gradient."""
-    drawn = guide_trace(guide, args, kwargs)
-    density = drawn
-    if split:
-        owned = (site["value"] for site in drawn.nodes.values() if site["type"] == "param")
-        leaves = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in owned]
-        with Tape(None, {id(leaf): leaf.detach() for leaf in leaves}, serve=False):
-            with poutine.replay(trace=anew(drawn)):
-                density = guide_trace(guide, args, kwargs)
-            density.compute_log_prob()
-    density.compute_log_prob()
-    replayed = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
-    log_p, log_q = torch.as_tensor(replayed.log_prob_sum()), torch.as_tensor(density.log_prob_sum())
-    scored = [s for s in random_sites(drawn) if not s["is_observed"] and not getattr(s["fn"], "has_rsample", True)]
-    if scored and split:
-        drawn.compute_log_prob()
-    score = sum((drawn.nodes[s["name"]]["log_prob_sum"] for s in scored), torch.zeros_like(log_p))
-    return Terms(log_p.reshape(1), log_q.reshape(1), torch.zeros_like(log_p), score.reshape(1)), bool(scored)
+_STRUCTURES: weakref.WeakKeyDictionary[Any, tuple[Any, Structure]] = weakref.WeakKeyDictionary()
+"""Guide -> (weak model, structure): which sites depend on a latent does not change from step to step."""
+
+
+class _StockDraws:
+    """K draws from the guide; model and densities run again with either side's parameters held, as often as asked."""
+
+    step = torch.tensor(torch.nan)
+
+    def __init__(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], draws: int) -> None:
+        self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
+        self._drawn = [guide_trace(guide, args, kwargs) for _ in range(draws)]
+        self._modelled = [self._run_model(drawn) for drawn in self._drawn]
+        theta, phi = _leaves(self._modelled[0]), _leaves(self._drawn[0])
+        self._theta, self._phi = list(theta.values()), list(phi.values())
+        self.has_theta, self.shared = bool(theta), sorted(set(theta) & set(phi))
+        self.structure = self._find_structure()
+        frames = {f.name: f for f in _frames(self._modelled[0])}
+        self.outside = [name for name, f in frames.items() if self.factor(f) != 1.0]
+        self.scale = 1.0
+        for name in self.structure.unit:
+            self.scale *= self.factor(frames[name])
+
+    def __call__(self, *, theta: bool = True, phi: bool = True, density: bool = True) -> Terms:
+        """Terms with K in front; the draws and rows stay the same."""
+        rows = []
+        for drawn, modelled in zip(self._drawn, self._modelled, strict=True):
+            given, guide = (drawn if phi else _held(drawn)), drawn
+            if density != phi or not density:
+                with _holding([] if density else self._phi), poutine.replay(trace=anew(given)):
+                    guide = guide_trace(self._guide, self._args, self._kwargs)
+                    guide.compute_log_prob()
+            drawn.compute_log_prob()
+            model = modelled
+            if not (theta and phi):
+                with _holding([] if theta else self._theta):
+                    model = self._run_model(given)
+            model.compute_log_prob()
+            zero = torch.as_tensor(model.log_prob_sum()).detach().reshape(-1)[:1] * 0
+            rows.append(collect(drawn, guide, model, self.structure, self, (), zero))
+        return Terms(*(torch.stack(part) for part in zip(*rows, strict=True)))
+
+    def density(self, site: dict[str, Any]) -> Tensor:
+        """Log-probability with the scales of subsampled plates taken out."""
+        scale = site["scale"]
+        for frame in site["cond_indep_stack"]:
+            scale = scale / self.factor(frame)
+        density: Tensor = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
+        return density
+
+    def factor(self, frame: Any) -> float:
+        """N/B of a plate that the model subsamples."""
+        return (frame.full_size or frame.size) / frame.size if frame.vectorized else 1.0
+
+    def _run_model(self, drawn: Trace) -> Trace:
+        return poutine.trace(poutine.replay(self._model, trace=drawn)).get_trace(*self._args, **self._kwargs)
+
+    def _find_structure(self) -> Structure:
+        try:
+            model, found = _STRUCTURES[self._guide]
+            if model() is self._model:
+                return found
+        except (KeyError, TypeError):
+            pass
+        dependent = dependent_sites(self._drawn[0], self._modelled[0], self._run_model)
+        found = analyse(self._drawn[0], self._modelled[0], dependent)
+        try:
+            _STRUCTURES[self._guide] = (weakref.ref(self._model), found)
+        except TypeError:  # bound methods and the like cannot be remembered
+            pass
+        return found
+
+
+def _leaves(trace: Trace) -> dict[str, Tensor]:
+    """Unconstrained leaves of the parameters a trace read, by name."""
+    values = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "param"}
+    return {name: x.unconstrained() if hasattr(x, "unconstrained") else x for name, x in values.items()}
+
+
+def _frames(trace: Trace) -> Iterator[Any]:
+    for site in trace.nodes.values():
+        if site["type"] == "sample":
+            yield from (f for f in site["cond_indep_stack"] if f.vectorized)
+
+
+def _held(trace: Trace) -> Trace:
+    """The same draws, detached."""
+    held = trace.copy()
+    for site in held.nodes.values():
+        if site["type"] == "sample" and isinstance(site["value"], Tensor):
+            site["value"] = site["value"].detach()
+    return held
+
+
+@contextmanager
+def _holding(leaves: list[Tensor]) -> Iterator[None]:
+    """Run with these parameters detached."""
+    with Tape(None, {id(leaf): leaf.detach() for leaf in leaves}, serve=False):
+        yield

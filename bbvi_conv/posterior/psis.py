@@ -164,20 +164,23 @@ def _unit_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[N
         parts = list(torch.split(rows[:whole], program.minibatch.size))
     picked = torch.randperm(per_part, generator=chooser)[: math.ceil(MAX_UNITS / len(parts))].to(program.device)
     theta, phi = program.split(x)
+    number = len(program.batch(parts[0]).args)
+
+    def function(normal: Tensor, uniform: Tensor, *fixed: Tensor) -> dict[str, Tensor]:
+        seen = Batch(fixed[:number], fixed[number] if len(fixed) > number else None)
+        terms = program.log_weights(theta, phi, phi, Noise(normal, uniform), seen)
+        return {"log_w": (terms.log_p - terms.log_q)[picked], "size": terms.log_p.abs().max()}
+
+    mapped: Mapped | None = None
     columns, sizes = [], []
     for index, part in enumerate(parts):
         batch = program.batch(part)
         noise = program.layout.draw(generator(seed, STREAM, _KEY + index, program.device), count, dtype=program.dtype)
-        number = len(batch.args)
-
-        def function(normal: Tensor, uniform: Tensor, *fixed: Tensor, number: int = number) -> dict[str, Tensor]:
-            seen = Batch(fixed[:number], fixed[number] if len(fixed) > number else None)
-            terms = program.log_weights(theta, phi, phi, Noise(normal, uniform), seen)
-            return {"log_w": (terms.log_p - terms.log_q)[picked], "size": terms.log_p.abs().max()}
-
         fixed = [*batch.args, *([batch.indices] if batch.indices is not None else [])]
         with torch.no_grad(), buffers_kept(program.modules):
-            out = Mapped(function, list(noise), fixed, trace=not program.obstacles)(list(noise), fixed)
+            if mapped is None:  # all parts have the same shapes
+                mapped = Mapped(function, list(noise), fixed, trace=not program.obstacles)
+            out = mapped(list(noise), fixed)
         columns.append(out["log_w"])
         sizes.append(out["size"])
     return _numpy(torch.cat(columns, 1)[:, :MAX_UNITS]), _rounding(torch.cat(sizes), program.dtype)

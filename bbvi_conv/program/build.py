@@ -26,7 +26,8 @@ from bbvi_conv.program.structure import (
     analyse,
     check_finite,
     check_guide,
-    check_supports,
+    check_site,
+    is_deterministic,
     is_plate,
     random_sites,
 )
@@ -81,8 +82,9 @@ def build(
     """
     if (guide is None) == (family is None):
         raise ValueError("give either a guide or a family, not both" if guide else "a guide or a family is needed")
-    check_finite((f"positional argument {i}", a) for i, a in enumerate(args))
     kwargs = dict(kwargs or {})
+    check_finite((f"positional argument {i}", a) for i, a in enumerate(args))
+    check_finite((f"keyword argument {name!r}", a) for name, a in kwargs.items())
     device = torch.device(device)
     small = device.type == "cpu" and minibatch is None
     attempts = [dtype] if dtype is not None else [torch.float64, torch.float32] if small else [torch.float32]
@@ -179,19 +181,22 @@ def _build(
     return program
 
 
-class _RefuseMissing(Messenger):  # type: ignore[misc]
-    """Name a latent of the model that the guide does not draw, before Pyro samples it from the prior."""
+class _CheckSites(Messenger):  # type: ignore[misc]
+    """Name a latent that the guide does not draw, and a value that does not fit its site, before Pyro goes on with it."""
 
     def __init__(self, drawn: set[str]) -> None:
         super().__init__()
         self.drawn = drawn
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not is_plate(msg) and msg["name"] not in self.drawn:
+        if is_plate(msg) or is_deterministic(msg):
+            return
+        if not msg["is_observed"] and msg["name"] not in self.drawn:
             raise ValueError(
                 f"the guide has no sample site {msg['name']!r}, a latent of the model; "
                 "add it to the guide or observe it"
             )
+        check_site(msg)
 
 
 def _eager_pass(
@@ -224,14 +229,13 @@ def _eager_pass(
 
         def run() -> tuple[Trace, Trace]:
             drawn = guide_trace(guide, args, kwargs)
-            with _RefuseMissing({s["name"] for s in random_sites(drawn)}):
+            with _CheckSites({s["name"] for s in random_sites(drawn)}):
                 return drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
 
         run()  # parameters that start at random are made here, off the tape
         tape = stack.enter_context(taped(Tape(None, {})))
         drawn, model_trace = run()
         check_guide(drawn, model_trace)
-        check_supports(model_trace)
         drawn.compute_log_prob()
         model_trace.compute_log_prob()
     return _Pass(guide, drawn, model_trace, tape, store, modules)
@@ -369,25 +373,24 @@ def _custom_functions(eager: _Pass) -> list[str]:
     return [f"autograd function {name!r} has a hand-written gradient" for name in sorted(found)]
 
 
-def _dependent(program: Program, eager: _Pass, batch: Batch) -> set[str]:
-    """Observed sites whose density depends on a latent, read from the autograd graph."""
-    observed = [s["name"] for s in random_sites(eager.model_trace) if s["is_observed"]]
-    drawn = eager.guide_trace.copy()
-    latents = {}
-    for site in random_sites(eager.model_trace):
+def dependent_sites(guide_trace: Trace, model_trace: Trace, run_model: Callable[[Trace], Trace]) -> set[str]:
+    """Observed sites whose density depends on a latent, read from the autograd graph of one more run of the model."""
+    observed = [s["name"] for s in random_sites(model_trace) if s["is_observed"]]
+    drawn = guide_trace.copy()
+    leaves = []
+    for site in random_sites(model_trace):
         if not site["is_observed"]:
             node = drawn.nodes[site["name"]]
             if not node["value"].is_floating_point():
                 return set(observed)
-            latents[site["name"]] = node["value"] = node["value"].detach().clone().requires_grad_()
-    if not latents:
+            node["value"] = node["value"].detach().clone().requires_grad_()
+            leaves.append(node["value"])
+    if not leaves:
         return set()
-    with program.handlers(None, batch):
-        replayed = poutine.replay(program.model, trace=drawn)
-        model_trace = poutine.trace(replayed).get_trace(*program.positional(batch), **program.kwargs)
-        model_trace.compute_log_prob()
-        densities = {name: model_trace.nodes[name]["log_prob_sum"] for name in observed}
-    leaves = list(latents.values())
+    with torch.enable_grad():
+        replayed = run_model(drawn)
+        replayed.compute_log_prob()
+    densities = {name: replayed.nodes[name]["log_prob_sum"] for name in observed}
 
     def depends(density: Tensor) -> bool:
         if not density.requires_grad:
@@ -395,3 +398,13 @@ def _dependent(program: Program, eager: _Pass, batch: Batch) -> set[str]:
         return any(g is not None for g in torch.autograd.grad(density, leaves, retain_graph=True, allow_unused=True))
 
     return {name for name, density in densities.items() if depends(density)}
+
+
+def _dependent(program: Program, eager: _Pass, batch: Batch) -> set[str]:
+    with program.handlers(None, batch):
+
+        def run_model(drawn: Trace) -> Trace:
+            replayed = poutine.replay(program.model, trace=drawn)
+            return poutine.trace(replayed).get_trace(*program.positional(batch), **program.kwargs)
+
+        return dependent_sites(eager.guide_trace, eager.model_trace, run_model)

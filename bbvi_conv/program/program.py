@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import Noise, NoiseLayout
 from bbvi_conv.program.structure import Leaf, Structure, is_plate, random_sites
 from bbvi_conv.program.tape import Tape, taped
+from bbvi_conv.program.terms import Terms, collect
 
 Params = dict[str, dict[str, Tensor]]
 """Unconstrained leaves by group: ``{"theta": {name: tensor}, "phi": ..., "shared": ...}``."""
@@ -30,22 +30,6 @@ GROUPS = ("theta", "phi", "shared")
 
 UNTAPED_SEED = 2
 """Uniforms at the head of the tape that seed the generator of random operations the tape cannot serve."""
-
-
-class Terms(NamedTuple):
-    """Log densities of one draw, in nats.
-
-    Attributes:
-        log_p: ``(..., U)``, latent sites and what depends on them, per unit, minibatch scale left out.
-        log_q: ``(..., U)``, guide sites, per unit, likewise.
-        free: ``(...)``, observed sites that depend on no latent, minibatch scale included.
-        score: ``(..., U)``, the part of ``log_q`` from sites without a pathwise gradient, always by ``phi_sample``.
-    """
-
-    log_p: Tensor
-    log_q: Tensor
-    free: Tensor
-    score: Tensor
 
 
 class SiteValues(NamedTuple):
@@ -148,6 +132,7 @@ class Program:
         self.obstacles, self.untaped, self.implicit = tuple(obstacles), untaped, implicit
         self.leaves = tuple(sorted(leaves, key=lambda leaf: GROUPS.index(leaf.group)))
         self.modules = tuple(modules)
+        self.analytic: tuple[str, ...] = ()
         self.scale = total / minibatch.size if minibatch else 1.0
         self.sizes = [leaf.tensor.numel() for leaf in self.leaves]
         self.device = next((leaf.tensor.device for leaf in self.leaves), torch.device("cpu"))
@@ -302,7 +287,7 @@ class Program:
         model.compute_log_prob()
         return drawn, guide, model
 
-    def _density(self, site: dict[str, Any]) -> Tensor:
+    def density(self, site: dict[str, Any]) -> Tensor:
         """Log-probability of a site by batch dimension, poutine scales in, the scale of ``plate(N, B)`` out."""
         scale = site["scale"]
         if self.by_index and any(f.name == self.plate for f in site["cond_indep_stack"]):
@@ -310,23 +295,9 @@ class Program:
         density: Tensor = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
         return density
 
-    def _per_unit(self, site: dict[str, Any]) -> Tensor:
-        density = self._density(site)
-        dims, shape = self.structure.unit_dims, self.structure.unit_shape
-        if self.plate is not None and self.plate not in self.structure.unit and self._subsampled(site):
-            density = density * self.scale
-        if not dims:
-            return density.sum().reshape(1)
-        density = density.reshape((1,) * max(0, -min(dims) - density.dim()) + tuple(density.shape))
-        target = list(density.shape)
-        for dim, size in zip(dims, shape, strict=True):
-            target[dim] = size
-        density = density.expand(target)
-        others = [d for d in range(density.dim()) if d - density.dim() not in dims]
-        return (density.sum(others) if others else density).reshape(-1)
-
-    def _subsampled(self, site: dict[str, Any]) -> bool:
-        return any(f.name == self.plate for f in site["cond_indep_stack"])
+    def factor(self, frame: Any) -> float:
+        """N/B of the subsampled plate, 1 of any other."""
+        return self.scale if frame.name == self.plate else 1.0
 
     def log_weights(
         self,
@@ -341,19 +312,8 @@ class Program:
         """Log densities of one draw, by running Pyro's handlers."""
         with self.handlers(noise, batch, tracing=tracing) as tape:
             drawn, guide, model = self._traces(tape, theta, phi_sample, phi_density, batch)
-            zero = torch.zeros(math.prod(self.structure.unit_shape), dtype=self.dtype, device=self.device)
-            in_unit = {s.name for s in (*self.structure.latents, *self.structure.observed) if s.in_unit}
-            log_p, log_q, score, free = zero, zero, zero, zero.new_zeros(())
-            for site in random_sites(model):
-                if site["name"] in in_unit:
-                    log_p = log_p + self._per_unit(site)
-                else:
-                    free = free + self._density(site).sum() * (self.scale if self._subsampled(site) else 1.0)
-            for site in random_sites(guide):
-                log_q = log_q + self._per_unit(site)
-            for name in self.structure.score_sites:
-                score = score + self._per_unit(drawn.nodes[name])
-            return Terms(log_p, log_q, free, score)
+            zero = torch.zeros(1, dtype=self.dtype, device=self.device)
+            return collect(drawn, guide, model, self.structure, self, self.analytic, zero)
 
     def site_values(self, x: Tensor, noise: Noise, batch: Batch) -> SiteValues:
         """Values and log-likelihoods of one draw at flat parameters ``x``."""
@@ -367,12 +327,12 @@ class Program:
                 if site["type"] == "sample" and site["infer"].get("_deterministic")
             }
             sites = random_sites(model)
-            log_q = sum((self._density(s).sum() for s in random_sites(guide)), torch.zeros((), dtype=self.dtype))
+            log_q = sum((self.density(s).sum() for s in random_sites(guide)), torch.zeros((), dtype=self.dtype))
             return SiteValues(
                 {s["name"]: s["value"] for s in sites if not s["is_observed"]},
                 deterministic,
                 {s["name"]: s["unscaled_log_prob"] for s in sites if s["is_observed"]},
-                sum((self._density(s).sum() for s in sites), torch.zeros((), dtype=self.dtype)),
+                sum((self.density(s).sum() for s in sites), torch.zeros((), dtype=self.dtype)),
                 log_q,
             )
 

@@ -156,37 +156,39 @@ def check_guide(guide_trace: Trace, model_trace: Trace) -> None:
             )
 
 
-def check_supports(model_trace: Trace) -> None:
-    """Refuse values outside a site's support or of a shape that does not broadcast with it.
+def check_site(site: Any) -> None:
+    """Refuse a value of another shape than its site's, or outside the site's support.
 
     Raises:
         ValueError: naming the site.
     """
-    for site in random_sites(model_trace):
-        fn, value = site["fn"], site["value"]
-        who = f"{'observed' if site['is_observed'] else 'latent'} site {site['name']!r}"
-        event = tuple(fn.event_shape)
-        if event and tuple(value.shape[len(value.shape) - len(event) :]) != event:
-            raise ValueError(f"{who} expects event shape {event}, got a value of shape {tuple(value.shape)}")
-        try:
-            torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - len(event)])  # type: ignore[no-untyped-call]
-        except RuntimeError:
-            raise ValueError(
-                f"{who} has batch shape {tuple(fn.batch_shape)}, got a value of shape {tuple(value.shape)}; "
-                "check the plate sizes and the data"
-            ) from None
-        if value.is_floating_point() and site["is_observed"]:
-            check_finite([(f"the data of {who}", value.detach())])
-        support = fn.support
-        if isinstance(support, constraints.Constraint) and not support.is_discrete and support is constraints.dependent:
-            continue
-        try:
-            inside = support.check(value)
-        except NotImplementedError:
-            continue
-        mask = site.get("mask")
-        if isinstance(mask, Tensor):
-            inside = inside | ~mask
-        if mask is not False and not bool(torch.as_tensor(inside).all()):
-            hint = "the data" if site["is_observed"] else "the guide's support"
-            raise ValueError(f"a value of {who} lies outside the support {support}; check {hint}")
+    fn, value = site["fn"], site["value"]
+    who = f"{'observed' if site['is_observed'] else 'latent'} site {site['name']!r}"
+    event = tuple(fn.event_shape)
+    if event and tuple(value.shape[len(value.shape) - len(event) :]) != event:
+        raise ValueError(f"{who} expects event shape {event}, got a value of shape {tuple(value.shape)}")
+    if not site["is_observed"] and tuple(value.shape) != tuple(fn.shape()):
+        raise ValueError(
+            f"{who} has shape {tuple(fn.shape())} in the model, but the guide draws shape {tuple(value.shape)}; "
+            "check its plates and .to_event()"
+        )
+    try:
+        torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - len(event)])  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        raise ValueError(
+            f"{who} has batch shape {tuple(fn.batch_shape)}, got a value of shape {tuple(value.shape)}; "
+            "check the plate sizes and the data"
+        ) from None
+    if value.is_floating_point() and site["is_observed"]:
+        check_finite([(f"the data of {who}", value.detach())])
+    support = fn.support
+    try:
+        inside = support.check(value)
+    except NotImplementedError:
+        return
+    mask = site.get("mask")
+    if isinstance(mask, Tensor):
+        inside = inside | ~mask
+    if mask is not False and not bool(torch.as_tensor(inside).all()):
+        hint = "the data" if site["is_observed"] else "the guide's support"
+        raise ValueError(f"a value of {who} lies outside the support {support}; check {hint}")

@@ -113,7 +113,9 @@ class Tape(TorchFunctionMode):
         if self.mark_no_grad and not torch.is_grad_enabled() and not name.endswith("_"):
             out = tree_map(lambda x: x.detach() if isinstance(x, Tensor) and x.is_floating_point() else x, out)
         if self.mark_no_grad and func is Tensor.detach:
-            return out.clone()  # torch's gamma clamps a detached alias in place: functionalised, it would cut the gradient
+            return (
+                out.clone()
+            )  # torch's gamma clamps a detached alias in place: functionalised, it would cut the gradient
         return out
 
 

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
-from bbvi_conv.program.program import Program, Terms
+from bbvi_conv.program.program import Program
+from bbvi_conv.program.terms import Terms
 
 LogWeights = Callable[..., Terms]
 """``(theta, phi_sample, phi_density, noise, batch) -> Terms``."""

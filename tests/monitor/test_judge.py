@@ -16,7 +16,6 @@ from torch.distributions import MultivariateNormal, kl_divergence, transform_to
 
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.families import FullRank, MeanField
-from bbvi_conv.monitor.distance import half_norm
 from bbvi_conv.monitor.gradient_norm import squared_norm, total_gram
 from bbvi_conv.monitor.intervals import Estimate
 from bbvi_conv.monitor.judge import Judge, quietest
@@ -87,25 +86,29 @@ def at(program: Program, loc: Tensor, scale: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("objective", [ELBO(), ELBO(num_particles=3)])
-def test_u_is_the_squared_gradient_at_five_points(family: Callable[..., Any], objective: ELBO) -> None:
-    x, noise, target = observations(5)
+@pytest.mark.parametrize("quiet", [True, False], ids=["quiet", "pathwise"])
+def test_u_is_the_squared_gradient_at_five_points(family: Callable[..., Any], quiet: bool) -> None:
+    x, noise, target = observations(5, torch.ones(5, dtype=torch.float64))
     program = build(conjugate, args=(x, noise), family=family())
-    judge = Judge(calculus(program, objective), seed=0, gradients=8)
+    judge = Judge(calculus(program), seed=0, gradients=8)
+    if not quiet:  # the pathwise estimator is as noisy at the optimum as elsewhere: there the plain norm is all bias
+        judge.quiet = judge.calculus
     best = at(program, target.mean, target.stddev)
     generator = torch.Generator().manual_seed(1)
     biases = []
-    for spread in (0.03, 0.1, 0.3, 0.5, 0.8):
+    for spread in (0.01, 0.03, 0.1, 0.3, 0.8):
         point = best + spread * torch.randn(len(best), generator=generator, dtype=torch.float64)
         norm = float(exact(program, target, point)[1].square().sum())
-        looks = [squared_norm(total_gram(judge.grams(point, stratum)[0])) for stratum in range(300)]
+        looks = [squared_norm(total_gram(judge.grams(point, stratum)[0])) for stratum in range(150)]
         values = torch.tensor([look.value for look in looks])
         stderr = float(values.std()) / math.sqrt(len(values))
-        assert stderr < 0.2 * norm  # power: a wrong scale or a missing group would show
+        if spread >= 0.3:
+            assert stderr < 0.1 * norm  # power: a wrong factor or a missing group would show
         assert abs(float(values.mean()) - norm) < 4 * stderr
         plain = sum(look.mean_norm_sq_biased for look in looks) / len(looks)
         biases.append((plain - norm) / stderr)
-    assert max(biases) > (10 if objective.num_particles > 1 else 20)
+    if not quiet:
+        assert max(biases) > 20
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.001, 0.01, 0.1, 0.3])
@@ -124,6 +127,20 @@ def test_one_look_in_a_thousand_dimensions_needs_no_average(spread: float) -> No
     plain_error = (look.mean_norm_sq_biased - norm) / math.sqrt(look.variance_floor)
     if spread == 0.0:
         assert plain_error > 20
+
+
+def test_controls_make_the_gap_a_hundred_times_more_precise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the best factorised q for a correlated posterior the quiet estimator is loud; its noise is linear in eps."""
+    covariance = torch.tensor([[1.0, 0.99], [0.99, 1.0]], dtype=torch.float64)
+    program = build(correlated, args=(covariance,), family=MeanField())
+    scale = torch.full((2,), math.sqrt(1 - 0.99**2), dtype=torch.float64)
+    point = at(program, torch.full((2,), 0.2, dtype=torch.float64), scale)
+    quiet = checks(program, point, 1, tolerance=1e3)[0][0]
+    monkeypatch.setattr("bbvi_conv.monitor.judge.fit_control", lambda *_: None)
+    loud = checks(program, point, 1, tolerance=1e3)[0][0]
+    assert 100 * (quiet.high - quiet.low) < loud.high - loud.low
+    assert quiet.low <= 0.04 / 1.99 * 1.01
+    assert quiet.high >= 0.04 / 1.99 * 0.99
 
 
 def test_the_quiet_estimator_is_silent_at_the_posterior() -> None:
@@ -158,8 +175,8 @@ def test_gap_of_a_displaced_location_is_the_excess(family: Callable[..., Any]) -
     excess, _ = exact(program, target, point)
     assert float(excess) == pytest.approx(0.5 * float(shift.square().sum()))
     gap, stderr = mean_and_error(checks(program, point, 12)[0])
-    assert stderr < 0.02 * float(excess)
-    assert abs(gap - float(excess)) < 4 * stderr
+    assert stderr < 0.01 * float(excess)
+    assert abs(gap - float(excess)) < 4 * stderr + 0.01 * float(excess)  # H itself is from 1,024 draws
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -172,7 +189,7 @@ def test_gap_of_displaced_scales_is_within_a_tenth(family: Callable[..., Any], s
     excess = float(exact(program, target, point)[0])
     assert 0.004 < excess / 5 <= 0.005
     gap, stderr = mean_and_error(checks(program, point, 4)[0])
-    assert stderr < 0.01 * excess
+    assert stderr < 0.02 * excess
     assert abs(gap - excess) < 0.1 * excess
 
 
@@ -183,15 +200,15 @@ def test_natural_gradient_norm_misses_the_slow_direction_a_hundredfold() -> None
     scale = torch.full((2,), math.sqrt(1 - 0.99**2), dtype=torch.float64)  # the best factorised one
     best = exact(program, target, at(program, torch.zeros(2, dtype=torch.float64), scale))
     assert float(best[1].abs().max()) < 1e-12
-    point = at(program, torch.full((2,), 0.5, dtype=torch.float64), scale)
+    point = at(program, torch.full((2,), 0.2, dtype=torch.float64), scale)
     excess = float(exact(program, target, point)[0] - best[0])
-    gaps, naturals = checks(program, point, 12)
+    gaps, naturals = checks(program, point, 6)
     gap, gap_error = mean_and_error(gaps)
     natural, natural_error = mean_and_error(naturals)
     assert gap_error < 0.05 * excess
     assert abs(gap - excess) < 0.1 * excess
     # F = 1/s^2 where H = 1/1.99 along (1, 1): the ratio is (1 - 0.99^2) / 1.99 = 1/100
-    assert natural_error < 0.003 * excess
+    assert natural_error < 0.0005 * excess
     assert abs(natural - 0.01 * excess) < 4 * natural_error + 0.0005 * excess
 
 
@@ -208,7 +225,7 @@ def exp_guide(x: Tensor, noise_scale: Tensor) -> None:
 
 
 def test_natural_gradient_norm_does_not_depend_on_the_parameterisation() -> None:
-    x, noise, target = observations(5)
+    x, noise, target = observations(5, torch.full((5,), 20.0, dtype=torch.float64))  # posterior scales of 1.6
     found, euclidean = [], []
     for guide in (softplus_guide, exp_guide):
         program = build(conjugate, guide, args=(x, noise))
@@ -290,29 +307,29 @@ def test_the_noise_of_a_check_depends_on_its_step_alone() -> None:
 
 def test_paired_improvement_is_the_difference_of_the_bounds() -> None:
     x, noise, target = observations(5)
-    program = build(conjugate, args=(x, noise), family=FullRank())
+    program = build(conjugate, args=(x, noise), family=MeanField())
     before = at(program, target.mean + 0.3 * target.stddev, 1.3 * target.stddev)
     after = at(program, target.mean + 0.1 * target.stddev, 1.1 * target.stddev)
     truth = float(exact(program, target, before)[0] - exact(program, target, after)[0])
-    judge = Judge(calculus(program), seed=0, tolerance=0.5 * truth)
-    found = [judge.check(step, after, before).improvement for step in range(60)]
+    judge = Judge(calculus(program), seed=0, tolerance=1e3)
+    found = [judge.check(step, after, before).improvement for step in range(30)]
     value, stderr = mean_and_error(found)
-    assert stderr < 0.1 * truth
+    assert stderr < 0.05 * truth
     assert abs(value - truth) < 4 * stderr
     covered = sum(e.low <= truth <= e.high for e in found)
-    assert covered >= 60 * 0.95 - 4 * math.sqrt(60 * 0.95 * 0.05)
+    assert covered >= 30 * 0.95 - 4 * math.sqrt(30 * 0.95 * 0.05)
 
 
-def test_matrices_and_gradients_come_from_independent_draws() -> None:
+def test_matrices_and_gradients_come_from_independent_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same draws in both, 1/2 g' H^-1 g of a pure-noise gradient would be biased; here its mean is zero."""
     x, noise, target = observations(3)
     program = build(conjugate, args=(x, noise), family=MeanField())
-    judge = Judge(calculus(program, ELBO(estimator="pathwise")), seed=0, tolerance=1e-9)
-    judge.cheap = calculus(program)  # pathwise: noisy at the optimum, where sticking the landing is silent
+    judge = Judge(calculus(program), seed=0, tolerance=1e3)
+    judge.cheap = judge.calculus  # pathwise: noisy at the optimum, where sticking the landing is silent
+    monkeypatch.setattr("bbvi_conv.monitor.judge.fit_control", lambda *_: None)
     gaps = [judge.check(step, at(program, target.mean, target.stddev), None).gap for step in range(40)]
     value, stderr = mean_and_error(gaps)
     assert stderr > 0
     assert abs(value) < 4 * stderr
-    assert all(g.low == 0.0 or g.low > 0 for g in gaps)
-    reference = half_norm(torch.zeros(8, 6, dtype=torch.float64), torch.eye(6, dtype=torch.float64), "I")
-    assert reference.value == 0.0
+    covered = sum(g.low == 0.0 for g in gaps)
+    assert covered >= 40 * 0.95 - 4 * math.sqrt(40 * 0.95 * 0.05)

@@ -1,0 +1,116 @@
+"""Bad input: one sentence that names the site, argument or option and the way out."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from bbvi_conv.families import MeanField
+from bbvi_conv.program.build import build
+
+X = torch.tensor([0.3, -1.2, 2.0])
+
+
+def model(x: Tensor) -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", 3):
+        pyro.sample("x", dist.Normal(a, b), obs=x)
+
+
+def only_a(x: Tensor) -> None:
+    pyro.sample("a", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+
+def one_more(x: Tensor) -> None:
+    only_a(x)
+    pyro.sample("b", dist.LogNormal(0.0, 1.0))
+    pyro.sample("c", dist.Normal(0.0, 1.0))
+
+
+def outside(x: Tensor) -> None:
+    only_a(x)
+    pyro.sample("b", dist.Normal(-5.0, 0.1))
+
+
+def wide(x: Tensor) -> None:
+    pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("b", dist.LogNormal(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("guide", "sentence"),
+    [
+        (only_a, r"the guide has no sample site 'b', a latent of the model; add it to the guide or observe it"),
+        (one_more, r"guide site 'c' is no latent of the model; remove it, or mark it infer=\{\"is_auxiliary\": True\}"),
+        (outside, r"a value of latent site 'b' lies outside the support"),
+        (wide, r"latent site 'a' has shape \(\) in the model, but the guide draws shape \(2,\); check its plates"),
+    ],
+)
+def test_bad_guides(guide, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        build(model, guide, (X,))
+
+
+def test_guide_or_family() -> None:
+    with pytest.raises(ValueError, match="a guide or a family is needed"):
+        build(model, None, (X,))
+    with pytest.raises(ValueError, match="either a guide or a family"):
+        build(model, one_more, (X,), family=MeanField())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_data_that_are_not_finite_are_named_with_the_first_index(bad: float) -> None:
+    x = torch.zeros(3, 4)
+    x[1, 2] = x[2, 0] = bad
+    with pytest.raises(ValueError, match=rf"positional argument 1 holds {bad} at index \(1, 2\); remove or mask"):
+        build(model, None, (X, x), family=MeanField())
+
+
+def test_data_inside_the_model_are_checked_too() -> None:
+    def closed() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor([0.0, float("nan"), 1.0]))
+
+    with pytest.raises(ValueError, match=r"observed site 'x' holds nan at index \(1,\)"):
+        build(closed, None, (), family=MeanField())
+
+
+def test_keyword_data_are_checked_too() -> None:
+    with pytest.raises(ValueError, match=r"keyword argument 'x' holds nan at index \(0,\)"):
+        build(model, None, (), {"x": torch.tensor([float("nan"), 0.0, 1.0])}, family=MeanField())
+
+
+def test_shapes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"site 'x'.*shape"):
+        build(model, None, (torch.zeros(5),), family=MeanField())
+
+    def events(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"observed site 'x' expects event shape \(3,\), got a value of shape \(2,\)"):
+        build(events, None, (torch.zeros(2),), family=MeanField())
+
+
+def test_data_outside_the_support() -> None:
+    def counts(x: Tensor) -> None:
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    with pytest.raises(ValueError, match="observed site 'x' lies outside the support.*check the data"):
+        build(counts, None, (torch.tensor([1.0, -2.0, 3.0]),), family=MeanField())
+
+
+def test_two_sites_of_one_name() -> None:
+    def twice(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(RuntimeError, match="[Mm]ultiple.*'z'|'z'"):
+        build(twice, None, (X,), family=MeanField())
