@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -33,7 +34,7 @@ DPI = 130
 
 def panels(count: int, title: str, note: str = CORRELATED) -> tuple[Figure, list[Axes]]:
     """A row of axes under a title, over a note."""
-    figure = Figure(figsize=(6.4 * count, 5.2), layout="constrained")
+    figure = Figure(figsize=(6.4 * count + 0.6, 5.6), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
     figure.suptitle(title)
     figure.supxlabel(note, fontsize=8, color=GREY)
@@ -47,6 +48,7 @@ def save(figure: Figure, path: str) -> None:
 
 def snr_panel(axis: Axes, moments: Moments, title: str) -> None:
     """Aggregate SNR of every estimator, thin lines for single parameters, guides of slope +-1/2, the noise floor."""
+    lowest = math.inf
     for name in names(moments):
         part = moments.of(name)
         label, colour, marker = STYLE[name]
@@ -57,13 +59,16 @@ def snr_panel(axis: Axes, moments: Moments, title: str) -> None:
         low, high = curve.interval()
         shown = curve.value > 0
         dashed = "--" if name.endswith("_dreg") else "-"
-        axis.loglog(curve.x[shown], curve.value[shown], dashed, color=colour, marker=marker, ms=4, label=label, zorder=3)
+        points = curve.x[shown], curve.value[shown]
+        axis.loglog(*points, dashed, color=colour, marker=marker, ms=4, label=label, zorder=3)
+        lowest = min(lowest, *points[1])
         shown = shown & (low > 0)
         axis.vlines(curve.x[shown], low[shown], high[shown], color=colour, linewidth=1, zorder=2)
         if name == "iwae":
             axis.loglog(curve.x, snr.FLOORS * curve.floor, ":", color=GREY, label="three noise floors (aggregate)")
             reference = curve.value[0]
     guides(axis, moments.ends, reference, (0.5, -0.5) if "dreg" in names(moments) else (0.5,))
+    axis.set_ylim(bottom=lowest / 10)  # lines of single parameters that are noise reach any depth
     _label(axis, title, "signal-to-noise ratio")
 
 
@@ -131,14 +136,14 @@ def rmse(
     draws: Sequence[int], curves: Mapping[str, tuple[np.ndarray, str, str]], guide_from: tuple[float, float]
 ) -> Figure:
     """Root mean squared distance of theta's gradient to grad log Z."""
-    figure, (axis,) = panels(1, "Distance of the gradient of theta to grad log Z")
+    figure, (axis,) = panels(1, "Gradient of theta: distance to grad log Z")
     for label, (values, colour, style) in curves.items():
         shown = np.isfinite(values) & (values > 0)
         axis.loglog(np.asarray(draws)[shown], values[shown], style, color=colour, label=label)
     x = np.asarray(draws, dtype=float)
     axis.loglog(x, guide_from[0] / x, "--", color="black", linewidth=1, label="slope -1")
     axis.loglog(x, guide_from[1] / np.sqrt(x), "--", color=GREY, linewidth=1, label="slope -1/2")
-    _label(axis, "M N estimates averaged; N = all data", "root mean squared error, norm over theta")
+    _label(axis, "", "root mean squared error, norm over theta")
     return figure
 
 
@@ -169,7 +174,8 @@ def batch_sizes(curves: Mapping[str, Mapping[str, snr.Curve]], note: str) -> Fig
             axis.vlines(curve.x[shown], low[shown], high[shown], color=colour, linewidth=1)
             axis.loglog(curve.x, snr.FLOORS * curve.floor, ":", color=colour, alpha=0.6)
         last = curve.value[-1]
-        axis.loglog(curve.x, last * np.sqrt(curve.x / curve.x[-1]), "--", color="black", linewidth=1, label="slope +0.5")
+        guide = last * np.sqrt(curve.x / curve.x[-1])
+        axis.loglog(curve.x, guide, "--", color="black", linewidth=1, label="slope +0.5")
         axis.set_title(title)
         axis.set_xlabel("B (dotted: three noise floors)")
         axis.set_ylabel("signal-to-noise ratio")

@@ -91,7 +91,7 @@ def combine(estimators: Sequence[Estimator], rows: Tensor, constant: Tensor) -> 
 
 
 def log_weights(noise: Tensor, squares: Tensor, gap: Tensor, scale: float) -> Tensor:
-    """log w up to a constant per datum: ``noise`` ``(n, T, D)``, ``squares`` |e|^2, ``gap`` ``(n, D)`` -> ``(n, T)``."""
+    """log w up to a constant, ``(n, T)``, from ``noise`` ``(n, T, D)``, ``squares`` |e|^2 and ``gap`` d ``(n, D)``."""
     along = torch.matmul(noise, gap[:, :, None])[..., 0]
     return -2 * scale * along - (scale**2 - 0.5) * squares
 

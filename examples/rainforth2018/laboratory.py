@@ -1,8 +1,8 @@
 """Running moments of gradient estimates, from one set of draws for all bounds, estimators and settings.
 
-An estimate uses the whole data set and fresh noise ``(N, T, D)``. It is drawn in blocks of data, so that memory does not
-grow with N, and leaves only sums behind. Estimates come in batches, each on its own generator and each kept apart for
-the jackknife. Directional ratios need a direction that does not stem from the same draws: the first half of the
+An estimate uses the whole data set and fresh noise ``(N, T, D)``. It is drawn in blocks of data, so that memory does
+not grow with N, and leaves only sums behind. Estimates come in batches, each on its own generator and each kept apart
+for the jackknife. Directional ratios need a direction that does not stem from the same draws: the first half of the
 batches gives it, the second half is measured against it.
 """
 
@@ -256,50 +256,45 @@ def _gather(
 
 
 def measure_batch_size(
-    setting: Setting, plan: Plan, sizes: Sequence[int], particles: int
+    setting: Setting, plan: Plan, sizes: Sequence[int]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Sums of IWAE gradients on i.i.d. minibatches of every size B in ``sizes``, K = ``particles``.
+    """Sums of IWAE gradients on i.i.d. minibatches of every size B in ``sizes``, for every K in ``plan.ends``.
 
     Rows are drawn with replacement, each with its own noise, and the first B of a draw are the minibatch of size B.
 
     Returns:
-        For phi and for theta: totals ``(S, len(sizes), P)`` and squared norms ``(S, len(sizes))`` over the
-        ``plan.estimates / plan.batches`` estimates of each batch.
+        For phi and for theta: totals ``(S, len(ends), len(sizes), P)`` and squared norms ``(S, len(ends), len(sizes))``
+        over the ``plan.estimates / plan.batches`` estimates of each batch.
     """
     with ThreadPoolExecutor(plan.workers) as pool:
-        jobs = [pool.submit(_iid_batch, setting, plan, batch, sizes, particles) for batch in range(plan.batches)]
+        jobs = [pool.submit(_iid_batch, setting, plan, batch, sizes) for batch in range(plan.batches)]
         found = [job.result() for job in jobs]
     phi, theta = (
-        (torch.stack([f[part].total[0] for f in found]), torch.stack([f[part].norms[0] for f in found]))
+        (torch.stack([sums[part].total for sums in found]), torch.stack([sums[part].norms for sums in found]))
         for part in (0, 1)
     )
     return phi, theta
 
 
-def _iid_batch(
-    setting: Setting, plan: Plan, batch: int, sizes: Sequence[int], particles: int
-) -> tuple[_Sums, _Sums]:
+def _iid_batch(setting: Setting, plan: Plan, batch: int, sizes: Sequence[int]) -> tuple[_Sums, _Sums]:
     rows_source, source = generator(plan.seed, "minibatch", batch), generator(plan.seed, "predict", batch)
-    prepared = _Prepared(setting)
-    ahead = setting.ahead.float()
-    dim = setting.x.shape[1]
-    phi_all, theta_all = ([e for e in group if e.name == "iwae"] for group in (prepared.phi, prepared.theta))
-    sums = (
-        _Sums((1, len(sizes), dim + dim * dim), None, None),
-        _Sums((1, len(sizes), dim), None, None),
-    )
-    counts = torch.tensor(sizes)
+    prepared, ahead = _Prepared(setting), setting.ahead.float()
+    dim, largest = setting.x.shape[1], sizes[-1]
+    phi, theta = ([e for e in group if e.name == "iwae"] for group in (prepared.phi, prepared.theta))
+    sums = tuple(_Sums((len(plan.ends), len(sizes), size), None, None) for size in (dim + dim * dim, dim))
+    counts = torch.tensor(sizes)[:, None]
+    pieces = [slice(start, end) for start, end in zip((0, *sizes[:-1]), sizes, strict=True)]
     for _ in range(plan.estimates // plan.batches):
-        rows = torch.randint(len(setting.x), (sizes[-1],), generator=rows_source)
-        noise = torch.randn(sizes[-1], particles, dim, generator=source)
+        rows = torch.randint(len(setting.x), (largest,), generator=rows_source)
+        noise = torch.randn(largest, plan.ends[-1], dim, generator=source)
         gap, design = prepared.gap[rows], prepared.design[rows]
         log_w = log_weights(noise, noise.square().sum(-1), gap, prepared.scale)
-        found = vectors(noise, log_w, gap, (particles,))[:, :, 0]  # (ROWS, B, D)
-        g_phi = combine(phi_all, found, gap)[0]
-        g_theta = combine(theta_all, found, ahead[rows])[0]
-        starts = (0, *sizes[:-1])
-        phi = torch.stack([g_phi[a:b].T @ design[a:b] for a, b in zip(starts, sizes, strict=True)]).cumsum(0)
-        theta = torch.stack([g_theta[a:b].sum(0) for a, b in zip(starts, sizes, strict=True)]).cumsum(0)
-        sums[0].add((phi.flatten(1) / counts[:, None])[None])
-        sums[1].add((theta / counts[:, None])[None])
-    return sums
+        found = vectors(noise, log_w, gap, plan.ends)
+        for place, estimators, constant, to_parameters in (
+            (0, phi, gap, design),
+            (1, theta, ahead[rows], design[:, :1]),
+        ):
+            gradient = combine(estimators, found, constant[:, None])[0]  # (B, J, D)
+            parts = [torch.einsum("bjd,bp->jdp", gradient[piece], to_parameters[piece]) for piece in pieces]
+            sums[place].add(torch.stack(parts, 1).flatten(2).cumsum(1) / counts)
+    return sums[0], sums[1]

@@ -10,7 +10,7 @@ The noise floor is the SNR that a gradient with mean zero would show, one standa
 variance is then 2 tr(Sigma^2) / (R (R - 1)). Intervals leave out one batch at a time; a slope is refitted each time,
 so that the correlation between points from the same draws is in its interval.
 
-Sources: Rainforth et al. (2018), eqs. 4 and 12; the jackknife: Efron and Stein (1981), "The jackknife estimate of variance".
+Sources: Rainforth et al. (2018), section 3; Efron and Stein (1981), "The jackknife estimate of variance".
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ def fit_slope(
     return Slope(Estimate(found, found - half, found + half), window, points)
 
 
-def jackknife(statistic: Callable[[Tensor, Tensor, int], np.ndarray], total: Tensor, norms: Tensor, count: int) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]:
+def jackknife(
+    statistic: Callable[[Tensor, Tensor, int], np.ndarray], total: Tensor, norms: Tensor, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A statistic of (total, norms, count), its half width, and its values without one batch ``(S, ...)``."""
     runs = len(total) * count
     value = statistic(total.sum(0), norms.sum(0), runs)

@@ -43,7 +43,8 @@ def train(x: Tensor, variance: float, groups: int, particles: int, training: Tra
     start, rows, noise = (generator(seed, stream, 0) for stream in ("start", "minibatch", "optimise"))
     span = training.high - training.low
     mu, slope, offset = (
-        (training.low + span * torch.rand(shape, generator=start)).requires_grad_() for shape in ((dim,), (dim, dim), (dim,))
+        (training.low + span * torch.rand(shape, generator=start)).requires_grad_()
+        for shape in ((dim,), (dim, dim), (dim,))
     )
     best = x.mean(0)
     adam = torch.optim.Adam([mu, slope, offset], lr=training.step_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,11 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+
+from bbvi_conv.engine import Calculus
+from bbvi_conv.objectives import IWAE, MIWAE, PIWAE, VRIWAE, Objective
+from bbvi_conv.program.build import build
+from bbvi_conv.program.noise import Noise
 
 ROOT = Path(__file__).parents[2]
 SIZE, DIM, VARIANCE = 5, 3, 2 / 3
@@ -168,3 +174,83 @@ def test_prefixes_are_what_each_number_of_draws_gives_alone() -> None:
                 for name, value in alone[part].items():
                     torch.testing.assert_close(together[part][name], value, rtol=1e-10, atol=1e-10)
                     torch.testing.assert_close(single[part][name].double(), value, rtol=1e-4, atol=1e-4)
+
+
+DOUBLY = "doubly-reparameterised"
+LIBRARY: dict[str, tuple[Objective, str, str | None]] = {
+    "IWAE": (IWAE(7), "iwae", "iwae"),
+    "IWAE, doubly": (IWAE(7, DOUBLY), "dreg", "iwae"),
+    "VR-IWAE 0.2": (VRIWAE(7, 0.2), "vr02", "vr02"),
+    "VR-IWAE 0.2, doubly": (VRIWAE(7, 0.2, DOUBLY), "vr02_dreg", "vr02"),
+    "VR-IWAE 0.5": (VRIWAE(7, 0.5), "vr05", "vr05"),
+    "VR-IWAE 0.5, doubly": (VRIWAE(7, 0.5, DOUBLY), "vr05_dreg", "vr05"),
+    "MIWAE": (MIWAE(24, 1), "vae", "vae"),
+    "PIWAE": (PIWAE(3, gradients.GROUP), "piwae", "iwae"),
+}
+"""The library's objective, and the names of the same gradients for phi and for theta here."""
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_library_gives_the_same_gradients_on_the_same_noise(name: str) -> None:
+    objective, for_phi, for_theta = LIBRARY[name]
+    point = Point(1, objective.draws)
+    program = build(gaussian.model, gaussian.guide, (point.x,), dtype=torch.float64)
+    values = dict(zip(("mu", "A", "b"), point.parameters, strict=True))
+    flat = torch.cat([values[leaf.name].detach().flatten() for leaf in program.leaves]).requires_grad_()
+    noise = Noise(point.noise.transpose(0, 1).flatten(1), torch.empty(objective.draws, 0, dtype=torch.float64))
+    calculus = Calculus(program, objective, program.log_weights, normaliser=SIZE)
+    loss = calculus.loss(flat, noise, program.batch(None), torch.tensor(1.0))
+    theta, phi = program.split(-torch.autograd.grad(loss, flat)[0])
+    with torch.no_grad():
+        mu, slope, offset = point.parameters
+        mean = point.x @ slope.T + offset
+        design = torch.cat([torch.ones_like(point.x[:, :1]), point.x], 1)
+        by_hand = estimates(point.noise, mean - (point.x + mu) / 2, mean - mu, design, (objective.draws,), place=0)
+    assert_equal(by_hand[0][for_theta], theta["mu"])
+    assert_equal(by_hand[1][for_phi], torch.cat([phi["b"][:, None], phi["A"]], 1))
+
+
+SLOPES = {"theta_M", "phi_M", "theta_B", "phi_B", "theta_K"} | {"phi_K_iwae", "phi_K_dreg", "phi_K_vr05", "phi_K_vr02"}
+
+
+def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = ROOT / "examples" / "tighter_bounds.py"
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(program), *arguments, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_quick_run_end_to_end(tmp_path: Path) -> None:
+    """All figures, the issue's keys, and what theory says wherever a quick run has the power to see it."""
+    finished = run(tmp_path, "all", "--quick")
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == {f"fig{i}" for i in range(1, 12)} | {"rmse", "eq9", "batch"}
+    assert {"slopes", "rmse", "figure7", "eq9", "snr", "dsnr"} <= results.keys()
+    slopes = results["slopes"]
+    assert slopes.keys() >= SLOPES
+    for slope in slopes.values():
+        assert {"value", "low", "high", "window"} <= slope.keys()
+    expected = {"theta_M": 0.5, "phi_M": 0.5, "theta_B": 0.5, "phi_B": 0.5}  # exact laws: averages of i.i.d. terms
+    for key, target in expected.items():
+        half = (slopes[key]["high"] - slopes[key]["low"]) / 2
+        assert half < 0.2  # power: a slope of 0 or 1 would be several half widths away
+        assert abs(slopes[key]["value"] - target) < 2 * half
+    assert slopes["phi_K_iwae"]["high"] < 0 < slopes["phi_K_dreg"]["low"]
+    assert slopes["theta_K"]["low"] > 0
+    last = results["eq9"]["cosine"][-1]
+    assert last["high"] - last["low"] < 0.1
+    assert last["low"] - 0.05 < 1 < last["high"] + 0.05
+
+
+def test_one_figure_and_a_bad_choice(tmp_path: Path) -> None:
+    assert run(tmp_path, "fig1", "--quick").returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"fig1.png", "results.json"}
+    refused = run(tmp_path, "fig1", "--quick", "--paper")
+    assert refused.returncode == 2
+    assert "either --paper or --quick" in refused.stderr
