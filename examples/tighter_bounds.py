@@ -85,7 +85,7 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(160, 16, 256, ENDS[:10], Training(steps=300), judged=False),
+    "quick": Size(160, 16, 128, ENDS[:10], Training(steps=200), judged=False),
     "default": Size(1_000, 40, 1_024, ENDS, Training(steps=5_000)),
     "paper": Size(10_000, 40, 1_024, ENDS, Training(steps=20_000)),
 }
@@ -131,7 +131,7 @@ class Study:
 
     def curve(self, setting: str, part: int, name: str) -> snr.Curve:
         single = self.moments[setting][part].of(name)
-        return snr.curve(single.draws, single.total, single.norms, single.count)
+        return snr.curve(single.draws, single.total, single.norms, single.per_batch)
 
     def slope(self, key: str, found: snr.Slope) -> None:
         """Put a slope among the results, with its bar where there is one."""
@@ -287,7 +287,7 @@ def rmse(study: Study) -> Figure:
             spread = snr.squared_distance(total, norms, count, exact) - bias
             return np.sqrt(np.maximum(bias + spread / averaged, 0.0))
 
-        value, _, left_out = snr.jackknife(statistic, single.total, single.norms, single.count)
+        value, _, left_out = snr.jackknife(statistic, single.total, single.norms, single.per_batch)
         return value, left_out
 
     shown = {
@@ -336,7 +336,7 @@ def equation_9(study: Study) -> Figure:
 
     found = []
     for statistic in (cosines, lengths):
-        value, half, _ = snr.jackknife(statistic, quiet.total, quiet.norms, quiet.count)
+        value, half, _ = snr.jackknife(statistic, quiet.total, quiet.norms, quiet.per_batch)
         found.append([Estimate(float(v), float(v - h), float(v + h)) for v, h in zip(value, half, strict=True)])
     study.results["eq9"] = {
         "K": list(quiet.draws),

@@ -34,7 +34,7 @@ DPI = 130
 
 def panels(count: int, title: str, note: str = CORRELATED) -> tuple[Figure, list[Axes]]:
     """A row of axes under a title, over a note."""
-    figure = Figure(figsize=(6.4 * count + 0.6, 5.6), layout="constrained")
+    figure = Figure(figsize=(7.6 * count, 5.2), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
     figure.suptitle(title)
     figure.supxlabel(note, fontsize=8, color=GREY)
@@ -51,11 +51,11 @@ def snr_panel(axis: Axes, moments: Moments, title: str) -> None:
     lowest = math.inf
     for name in names(moments):
         part = moments.of(name)
-        label, colour, marker = STYLE[name]
+        label, colour, marker = _style(name, moments)
         if name in LINED:
-            lines = snr.per_parameter(part.total, part.squares, part.count)
+            lines = snr.per_parameter(part.total, part.squares, part.per_batch)
             axis.loglog(part.draws, lines, color=colour, linewidth=0.4, alpha=_faint(lines.shape[1]), zorder=1)
-        curve = snr.curve(part.draws, part.total, part.norms, part.count)
+        curve = snr.curve(part.draws, part.total, part.norms, part.per_batch)
         low, high = curve.interval()
         shown = curve.value > 0
         dashed = "--" if name.endswith("_dreg") else "-"
@@ -77,7 +77,7 @@ def dsnr_panel(axis: Axes, moments: Moments, title: str, *, aimed: bool = False)
     size = moments.total.shape[-1]
     for name in names(moments):
         part = moments.of(name)
-        label, colour, marker = STYLE[name]
+        label, colour, marker = _style(name, moments)
         ratios = (part.aimed if aimed else part.ratios).numpy()
         dashed = "--" if name.endswith("_dreg") else "-"
         axis.loglog(part.draws, ratios.mean(0), dashed, color=colour, marker=marker, ms=4, label=label, zorder=3)
@@ -102,7 +102,7 @@ def histograms(samples: Mapping[str, Mapping[int, np.ndarray]], note: str) -> Fi
     for axis, (title, by_draws) in zip(axes, samples.items(), strict=True):
         everything = np.concatenate(list(by_draws.values()))
         low, high = np.quantile(everything, [0.002, 0.998])
-        bins = np.linspace(low, high, 121)
+        bins = np.linspace(low, high, 121).tolist()
         for (draws, values), colour in zip(by_draws.items(), (ORANGE, SKY, GREEN, BLUE), strict=False):
             axis.hist(values, bins=bins, density=True, histtype="step", color=colour, label=f"K = {draws}")
             axis.axvline(values.mean(), color=colour, linewidth=0.8, linestyle=":")
@@ -110,7 +110,7 @@ def histograms(samples: Mapping[str, Mapping[int, np.ndarray]], note: str) -> Fi
         axis.set_title(title)
         axis.set_xlabel("estimate (dotted: the mean)")
         axis.set_ylabel("density")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper right")
     return figure
 
 
@@ -128,7 +128,7 @@ def distances(runs: Mapping[tuple[int, int], Sequence[Distances]], note: str) ->
         axis.set_title(f"{'mu to mu*' if part == 'theta' else '(A, b) to (A*, b*)'}")
         axis.set_xlabel("step")
         axis.set_ylabel("Euclidean distance")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper right")
     return figure
 
 
@@ -157,6 +157,7 @@ def equation_9(draws: Sequence[int], cosines: Sequence[Estimate], lengths: Seque
         axis.semilogx(draws, value, color=BLUE, marker="o", ms=4)
         axis.fill_between(np.asarray(draws, dtype=float), low, high, color=BLUE, alpha=0.25, linewidth=0)
         axis.axhline(1.0, color="black", linestyle="--", linewidth=1)
+        axis.ticklabel_format(axis="y", useOffset=False)
         axis.set_title(title)
         axis.set_xlabel("K")
     return figure
@@ -179,7 +180,7 @@ def batch_sizes(curves: Mapping[str, Mapping[str, snr.Curve]], note: str) -> Fig
         axis.set_title(title)
         axis.set_xlabel("B (dotted: three noise floors)")
         axis.set_ylabel("signal-to-noise ratio")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left")
     return figure
 
 
@@ -187,6 +188,16 @@ def names(moments: Moments) -> list[str]:
     """The estimators in the order of the legend."""
     there = {estimator.name for estimator in moments.estimators}
     return [name for name in STYLE if name in there]
+
+
+def _style(name: str, moments: Moments) -> tuple[str, str, str]:
+    """Label, colour and marker; for theta, PIWAE is IWAE on all draws."""
+    label, colour, marker = STYLE[name]
+    return (
+        (f"{label} (and PIWAE)", colour, marker)
+        if name == "iwae" and "piwae" not in names(moments)
+        else (label, colour, marker)
+    )
 
 
 def _faint(lines: int) -> float:
@@ -197,4 +208,4 @@ def _label(axis: Axes, title: str, quantity: str) -> None:
     axis.set_title(title)
     axis.set_xlabel("number of draws (K for the bounds of K draws, M for averages)")
     axis.set_ylabel(quantity)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -85,7 +85,7 @@ def combine(estimators: Sequence[Estimator], rows: Tensor, constant: Tensor) -> 
     for place, estimator in enumerate(estimators):
         for row, factor in estimator.rows.items():
             table[place, row] = factor
-    mixed = torch.tensordot(table, rows, dims=1)
+    mixed: Tensor = torch.tensordot(table, rows, dims=1)
     factors = rows.new_tensor([estimator.constant for estimator in estimators])
     return mixed + factors.reshape(-1, *[1] * (rows.dim() - 1)) * constant
 

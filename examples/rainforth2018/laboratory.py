@@ -76,7 +76,7 @@ class Plan:
 
 
 class Moments(NamedTuple):
-    """Sums over estimates, apart for each of S batches, of E estimators at J numbers of draws for P parameters.
+    """Sums over ``per_batch`` estimates in each of S batches, of E estimators at J numbers of draws for P parameters.
 
     ``ratios`` and ``aimed`` hold ||parallel|| / ||perpendicular|| of single estimates ``(estimates / 2, E, J)``: to the
     estimator's own mean direction, and to the direction at the largest K.
@@ -84,7 +84,7 @@ class Moments(NamedTuple):
 
     estimators: tuple[Estimator, ...]
     ends: tuple[int, ...]
-    count: int
+    per_batch: int
     total: Tensor
     squares: Tensor
     norms: Tensor
@@ -97,7 +97,7 @@ class Moments(NamedTuple):
         ends = self.estimators[place].counts(self.ends)
         return Single(
             tuple(self.ends[end] for end in ends),
-            self.count,
+            self.per_batch,
             *(field[:, place, ends] for field in (self.total, self.squares, self.norms, self.ratios, self.aimed)),
         )
 
@@ -106,7 +106,7 @@ class Single(NamedTuple):
     """:class:`Moments` of one estimator: no dimension E, and ``draws`` the J numbers of draws."""
 
     draws: tuple[int, ...]
-    count: int
+    per_batch: int
     total: Tensor
     squares: Tensor
     norms: Tensor
@@ -206,7 +206,7 @@ def _batch(
         shapes = [(len(prepared.phi), len(plan.ends), dim + dim * dim), (len(prepared.theta), len(plan.ends), dim)]
         sums.append((_Sums(shapes[0], aims.phi, aims.phi_aim), _Sums(shapes[1], aims.theta, aims.theta_aim)))
     for _ in range(plan.estimates // plan.batches):
-        rows: list[Tensor | float] = [0.0] * len(ready)
+        rows = [torch.zeros(()) for _ in ready]
         for start in range(0, size, BLOCK):
             piece = slice(start, start + BLOCK)
             noise = torch.randn(len(ready[0].gap[piece]), plan.ends[-1], dim, generator=source)
