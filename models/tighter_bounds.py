@@ -25,8 +25,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+import bbvi_conv as bc
+
 VARIANCE = 2 / 3
 """s^2, the variance of the guide in each dimension; the posterior's is 1/2."""
+
+fit = {"minibatch": bc.Minibatch(64, plate="data")}
 
 
 class Parameters(NamedTuple):
