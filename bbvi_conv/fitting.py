@@ -97,10 +97,15 @@ def fit(
         from bbvi_conv.archive import Archive
 
         archive = Archive.create(out)
-    run = Run(program, chosen, None if held_out is None else program.with_data(held_out))
-    if archive is not None:
-        archive.describe(run, source)
-    state = run.start(_start(program, init))
+    try:
+        run = Run(program, chosen, None if held_out is None else program.with_data(held_out))
+        state = run.start(_start(program, init))
+        if archive is not None:
+            archive.describe(run, source)
+    except BaseException:
+        if archive is not None:
+            archive.close()
+        raise
     return _drive(run, state, chosen.max_steps, archive, source, progress, on_look)
 
 
@@ -342,6 +347,7 @@ def load(
     guide: Callable[..., Any] | None = None,
     args: tuple[Any, ...] | Tensor | None = None,
     kwargs: dict[str, Any] | None = None,
+    held_out: tuple[Any, ...] | None = None,
     **settings: Any,
 ) -> Fit:
     """The fit in a run directory, as it stands; ``load(directory).resume()`` takes up a run that was killed.
@@ -349,6 +355,7 @@ def load(
     Args:
         directory: a run directory.
         model, guide, args, kwargs: needed where the model did not come from a file.
+        held_out: as for :func:`fit`, where it was given there.
         **settings: settings that a file cannot hold (a family of your own), by name.
 
     Raises:
@@ -369,7 +376,7 @@ def load(
         device=_device(plan.settings.device),
         seed=plan.settings.seed,
     )
-    run = Run(program, plan.settings)
+    run = Run(program, plan.settings, None if held_out is None else program.with_data(held_out))
     state = archive.state() or run.start(program.initial())
     if plan.settings.update_modules:
         program.write_back(returned(state, plan.settings))

@@ -14,7 +14,7 @@ from bbvi_conv.engine.choose import make_engine
 from bbvi_conv.engine.engine import Carry, Engine, start_carry
 from bbvi_conv.engine.streams import Stream
 from bbvi_conv.families import MeanField
-from bbvi_conv.monitor.judge import LARGE, Check, Judge
+from bbvi_conv.monitor.judge import WIDE, Check, Judge, width
 from bbvi_conv.monitor.state import MonitorState, Summary, look, summary, update
 from bbvi_conv.monitor.strata import Strata
 from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
@@ -26,7 +26,7 @@ from bbvi_conv.program.program import Program
 from bbvi_conv.verdict import is_done
 
 SPARSE = Strata(min_length=100, growth=0.25)
-"""Strata of programs with more than ``LARGE`` parameters."""
+"""Strata of programs whose evaluations are wider than ``WIDE``."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,9 @@ class Run:
         self.schedule, self.held_out = settings.bound(), held_out
         if self.schedule.at(0, ()).analytic_kl:
             program.analytic = closed_form_sites(program)
-        self.strata = settings.strata or (SPARSE if len(program.initial()) > LARGE else Strata())
         self._stages: dict[Objective, _Stage] = {}
         self._enter(self.schedule.at(0, ()))
+        self.strata = settings.strata or (SPARSE if width(self.engine.calculus) > WIDE else Strata())
         self.compile_seconds = clock() - start
 
     def _enter(self, objective: Objective) -> None:

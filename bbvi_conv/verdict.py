@@ -126,7 +126,9 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
             )
             return Verdict("wrong_family", tuple(reasons))
         against = "" if khat_threshold is None else f" (threshold {khat_threshold:.2f})"
-        reasons.append(f"k-hat {show(khat, '')}{against}")
+        close = khat.high is not None and khat_threshold is not None and khat.high > khat_threshold
+        hint = ": its interval holds the threshold, raise khat_draws or use a richer family to be sure" if close else ""
+        reasons.append(f"k-hat {show(khat, '')}{against}{hint}")
         return Verdict("converged", tuple(reasons))
     reasons.append(f"gradient norm: {evidence.trend_reason}")
     if (fall := _worst_fall(evidence, tolerance)) is not None:

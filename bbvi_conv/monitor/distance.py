@@ -49,7 +49,7 @@ def half_norm(gradients: Tensor, matrix: Tensor, name: str, *, level: float = 0.
 
 
 def half_norm_by_products(gradients: Tensor, product: Product, name: str, *, level: float = 0.95) -> Estimate:
-    r"""The same for an A known by its products: half of :math:`\bar g_a^\top A^{-1} \bar g_b`, a and b half the draws each.
+    r"""The same for an A known by its products: half of :math:`\bar g_a^\top A^{-1} \bar g_b` for two halves a, b.
 
     One conjugate-gradient solve for the mean of each half; the halves are independent, so the product is unbiased. Both
     halves move it: its variance is the sum of that of :math:`\tfrac12 g_i^\top A^{-1} \bar g_b` over the first and of

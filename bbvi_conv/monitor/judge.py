@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.streams import Feed, Stream
 from bbvi_conv.monitor.control import Control, fit_control, pilot_draws
-from bbvi_conv.monitor.distance import DENSE, half_norm, half_norm_by_products, paired_improvement, scaled
+from bbvi_conv.monitor.distance import DENSE, PRODUCTS, half_norm, half_norm_by_products, paired_improvement, scaled
 from bbvi_conv.monitor.gradient_norm import gram_matrix
 from bbvi_conv.monitor.intervals import Estimate, unavailable
 from bbvi_conv.objectives.objective import Objective
@@ -20,10 +21,51 @@ from bbvi_conv.program.trace import Untraceable
 
 FIRST_DRAWS, MOST_DRAWS = 256, 4096
 """Gradients, or paired losses, at a check: the first number, and the most that a tight tolerance may ask for."""
-MATRIX_EVALUATIONS = 65_536
-"""Curvature products a dense matrix may cost: draws = this over the number of parameters, within 64 and 1,024."""
-LARGE = 20_000
-"""Parameters beyond which evaluations are dear: fewer draws at a check, and curvature only when it can decide."""
+GRADIENT_COST = 20_000_000
+"""Draws times width that the gradients or losses of a check may cost; at least 32 draws are made."""
+MATRIX_COST = 50_000_000
+"""Products times draws times width that a curvature matrix may cost."""
+WIDE = 20_000
+"""Width beyond which each evaluation is dear: looks are sparser, and curvature is asked for only when it can decide."""
+
+
+def width(calculus: Calculus) -> int:
+    """Numbers that one evaluation works on: parameters, noise of all draws, or the batch for all draws."""
+    program, draws = calculus.program, calculus.objective.draws
+    _, batch = program.example()
+    return max(sum(program.sizes), draws * sum(program.layout), draws * sum(a.numel() for a in batch.args), 1)
+
+
+class Effort(NamedTuple):
+    """What a check spends at one program: draws of gradients and losses, and how curvature is had.
+
+    Attributes:
+        first, most: draws to begin with, and at most.
+        dense: whether the matrix is formed; otherwise it is known by products.
+        matrix: draws its mean is over.
+        dear: whether curvature waits until a window no longer improves the bound.
+    """
+
+    first: int
+    most: int
+    dense: bool
+    matrix: int
+    dear: bool
+
+
+def effort(size: int, wide: int, *, vectorised: bool) -> Effort:
+    """Effort for ``size`` parameters and evaluations that are ``wide``; run one by one they are dearer still.
+
+    Example:
+        >>> effort(65, 120, vectorised=True)
+        Effort(first=256, most=4096, dense=True, matrix=1024, dear=False)
+    """
+    afford = max(32, GRADIENT_COST // wide)
+    first, most = (FIRST_DRAWS, MOST_DRAWS) if vectorised else (FIRST_DRAWS // 4, MOST_DRAWS // 16)
+    dense = size <= DENSE and size * 64 * wide <= MATRIX_COST
+    columns, least, top = (size, 64, 1024 if vectorised else 64) if dense else (2 * PRODUCTS, 16, 256)
+    matrix = max(least, min(top, MATRIX_COST // (columns * wide)))
+    return Effort(min(first, afford), min(most, afford), dense, matrix, wide > WIDE)
 
 
 class Check(NamedTuple):
@@ -118,21 +160,17 @@ class Judge:
         if size == 0:
             none = unavailable("there are no parameters to optimise")
             return Check(step, none, none, improvement, bound)
-        if size > LARGE and (improvement.low is None or improvement.low > self.tolerance):
-            waits = unavailable("a program this large is only asked for it once a window no longer improves the bound")
+        if self._effort(self.cheap, size).dear and (improvement.low is None or improvement.low > self.tolerance):
+            waits = unavailable("a program this wide is only asked for it once a window no longer improves the bound")
             return Check(step, waits, waits, improvement, bound)
         natural, gap = self._distances(x, keys)
         return Check(step, gap, natural, improvement, bound)
 
-    @staticmethod
-    def _draws(calculus: Calculus, first: int | None = None) -> tuple[int, int]:
-        """Draws to begin with, and at most: fewer where each evaluation is dear or they run one by one."""
-        if first is not None:
-            return first, 4 * first
-        return (FIRST_DRAWS, MOST_DRAWS) if calculus.vectorise else (FIRST_DRAWS // 4, MOST_DRAWS // 16)
+    def _effort(self, calculus: Calculus, size: int) -> Effort:
+        return effort(size, width(calculus), vectorised=calculus.vectorise)
 
     def _compare(self, x: Tensor, previous: Tensor | None, keys: _Keys) -> tuple[Tensor, Estimate]:
-        count, most = self._draws(self.compared, 32 if len(x) > LARGE else None)
+        count, most = self._effort(self.compared, len(x))[:2]
         losses, before = x.new_zeros(0), x.new_zeros(0)
         while True:
             feed = self._feed(self.compared, "evaluate", keys.next(), count - len(losses))
@@ -148,10 +186,9 @@ class Judge:
 
     def _distances(self, x: Tensor, keys: _Keys) -> tuple[Estimate, Estimate]:
         program, factor = self.calculus.program, self.calculus.normaliser
-        large = len(x) > DENSE
-        count, most = (self.count, self.count) if large else self._draws(self.cheap)
-        control = None if large else self._control(x, keys)
-        feed = self._feed(self.cheap, "evaluate", keys.next(), count)
+        spent = self._effort(self.cheap, len(x))
+        control = None if spent.dear else self._control(x, keys)
+        feed = self._feed(self.cheap, "evaluate", keys.next(), spent.first)
         grads, _ = self.cheap.gradients(x, feed)
         active = torch.nonzero((grads != 0).any(0)).squeeze(-1)
         if len(active) == 0:
@@ -160,46 +197,21 @@ class Judge:
         slices = program.groups
         variational = active[(active >= slices["phi"].start)]
         grads = grads if control is None else control.quiet(grads, feed.noise)
-        gap_matrix, gap_reason = self._hessian(x, active, keys, large)
-        fisher, fisher_reason = self._fisher(x, variational, keys, large)
-
-        def natural() -> Estimate:
-            if fisher is None:
-                return unavailable(fisher_reason)
-            name = "the Fisher information of q (as estimated from few draws)"
-            if isinstance(fisher, Tensor):
-                return scaled(half_norm(grads[:, variational], fisher, name), factor)
-            return scaled(half_norm_by_products(grads[:, variational], fisher, name), factor)
+        hessian, fisher = self._hessian(x, active, keys), self._fisher(x, variational, keys)
 
         def gap() -> Estimate:
-            if gap_matrix is None:
-                return unavailable(gap_reason)
-            if isinstance(gap_matrix, Tensor):
-                return scaled(
-                    half_norm(
-                        grads[:, active],
-                        gap_matrix,
-                        "the Hessian of the loss (run on until the parameters are near a minimum)",
-                    ),
-                    factor,
-                )
-            return scaled(
-                half_norm_by_products(
-                    grads[:, active],
-                    gap_matrix,
-                    "the Hessian of the loss (run on until the parameters are near a minimum)",
-                ),
-                factor,
-            )
+            name = "the Hessian of the loss (run on until the parameters are near a minimum)"
+            return scaled(_half_norm(grads[:, active], hessian, name), factor)
 
         result = gap()
-        while len(grads) < most and _straddles(result, self.tolerance):
-            more = min(4 * len(grads), most) - len(grads)
+        while len(grads) < spent.most and _straddles(result, self.tolerance):
+            more = min(4 * len(grads), spent.most) - len(grads)
             feed = self._feed(self.cheap, "evaluate", keys.next(), more)
             fresh, _ = self.cheap.gradients(x, feed)
             grads = torch.cat([grads, fresh if control is None else control.quiet(fresh, feed.noise)])
             result = gap()
-        return natural(), result
+        name = "the Fisher information of q (as estimated from few draws)"
+        return scaled(_half_norm(grads[:, variational], fisher, name), factor), result
 
     def _control(self, x: Tensor, keys: _Keys) -> Control | None:
         """Control variate for the gradients at ``x``, fitted on draws of its own; only where draws are cheap."""
@@ -209,51 +221,61 @@ class Judge:
         feed = self._feed(self.cheap, "evaluate", keys.next(), draws)
         return fit_control(self.cheap.gradients(x, feed)[0], feed.noise)
 
-    def _matrix_feed(self, calculus: Calculus, size: int, keys: _Keys, large: bool) -> Feed:
-        most = 1024 if calculus.vectorise else 64  # run one by one, evaluations are dear
-        draws = 16 if large else max(64, min(most, MATRIX_EVALUATIONS // size))
-        return self._feed(calculus, "evaluate", keys.next(), draws)
+    def _matrix(
+        self, calculus: Calculus, product: Callable[[Tensor, Feed], Tensor], x: Tensor, active: Tensor, keys: _Keys
+    ) -> Tensor | _Product:
+        """A mean curvature matrix on the active coordinates, or its products where forming it would cost too much."""
+        spent = self._effort(calculus, len(active))
+        feed = self._feed(calculus, "evaluate", keys.next(), spent.matrix)
+        known = _Product(lambda v: product(v, feed), x, active)
+        return known.dense() if spent.dense else known
 
-    def _hessian(self, x: Tensor, active: Tensor, keys: _Keys, large: bool) -> tuple[Tensor | _Product | None, str]:
-        feed = self._matrix_feed(self.plain, len(active), keys, large)
+    def _hessian(self, x: Tensor, active: Tensor, keys: _Keys) -> Tensor | _Product | str:
+        """The matrix, its products where it is large, or why there is none."""
         program = self.calculus.program
         if program.implicit:
-            return None, "a draw has an implicit gradient (gamma, beta or Dirichlet), which has no second derivative"
+            return "a draw has an implicit gradient (gamma, beta or Dirichlet), which has no second derivative"
         if program.structure.score_sites:
             return (
-                None,
-                f"site {program.structure.score_sites[0]!r} has no pathwise gradient, hence no Hessian on fixed noise",
+                f"site {program.structure.score_sites[0]!r} has no pathwise gradient, hence no Hessian on fixed noise"
             )
+        if not self.calculus.objective.conservative:
+            return "theta and phi follow different bounds: their gradients are not those of one function"
         try:
-            product = _Product(lambda v: self.plain.hessian_product(x, v, feed), x, active)
-            return (product if large else product.dense()), ""
+            return self._matrix(self.plain, lambda v, feed: self.plain.hessian_product(x, v, feed), x, active, keys)
         except (Untraceable, NotImplementedError, RuntimeError) as error:
-            return None, f"the loss has no second derivative here ({error})"
+            return f"the loss has no second derivative here ({error})"
 
-    def _fisher(self, x: Tensor, active: Tensor, keys: _Keys, large: bool) -> tuple[Tensor | _Product | None, str]:
-        feed = self._matrix_feed(self.cheap, max(1, len(active)), keys, large)
+    def _fisher(self, x: Tensor, active: Tensor, keys: _Keys) -> Tensor | _Product | str:
+        """The matrix, its products where it is large, or why there is none."""
         if not self.cheap.objective.split:
-            return None, self.estimator_note or "the guide's density at a given value is not to be had"
+            return self.estimator_note or "the guide's density at a given value is not to be had"
         if len(active) == 0:
-            return None, "there are no variational parameters"
+            return "there are no variational parameters"
         try:
-            product = _Product(lambda v: self.cheap.fisher_product(x, v, feed), x, active)
-            return (product if large else product.dense()), ""
+            return self._matrix(self.cheap, lambda v, feed: self.cheap.fisher_product(x, v, feed), x, active, keys)
         except (Untraceable, NotImplementedError, RuntimeError) as error:
-            return None, f"log q has no second derivative here ({error})"
+            return f"log q has no second derivative here ({error})"
+
+
+def _half_norm(gradients: Tensor, matrix: Tensor | _Product | str, name: str) -> Estimate:
+    if isinstance(matrix, str):
+        return unavailable(matrix)
+    if isinstance(matrix, Tensor):
+        return half_norm(gradients, matrix, name)
+    return half_norm_by_products(gradients, matrix, name)
 
 
 class _Product:
     """Products of a curvature matrix restricted to the active coordinates."""
 
-    def __init__(self, product: object, x: Tensor, active: Tensor) -> None:
+    def __init__(self, product: Callable[[Tensor], Tensor], x: Tensor, active: Tensor) -> None:
         self._product, self._x, self._active = product, x, active
 
     def __call__(self, v: Tensor) -> Tensor:
         whole = torch.zeros_like(self._x)
         whole[self._active] = v
-        image: Tensor = self._product(whole)[self._active]  # type: ignore[operator]
-        return image
+        return self._product(whole)[self._active]
 
     def dense(self) -> Tensor:
         """All columns, made symmetric."""

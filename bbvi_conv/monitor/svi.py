@@ -85,7 +85,7 @@ class GradientMonitor:
 
     def _look(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(generator(self.seed, "monitor batches", index).initial_seed()))
+            torch.default_generator.manual_seed(int(generator(self.seed, "monitor batches", index).initial_seed()))
             if self.draw_batch is None:
                 batches = [args]
             else:

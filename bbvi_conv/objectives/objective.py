@@ -157,6 +157,11 @@ class Objective(StockLoss):
         Raises:
             ValueError: naming the plate, parameter or site and the way out.
         """
+        if program.own_rows and not self.linear:
+            raise ValueError(
+                f"{type(self).__name__} needs all its draws on the same rows, but the model draws the rows of plate "
+                f"{program.own_rows[0]!r} by itself; give it gathered rows, over a plate of their number"
+            )
         subsampled = [] if program.plate is None else [program.plate]
         shared = [leaf.name for leaf in program.leaves if leaf.group == "shared"]
         self._refuse(program.structure, subsampled, shared)

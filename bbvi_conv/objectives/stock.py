@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -69,19 +69,21 @@ _STRUCTURES: weakref.WeakKeyDictionary[Any, tuple[Any, Structure]] = weakref.Wea
 
 
 class _StockDraws:
-    """K draws of the guide at the same rows; model and densities run again with either side held, as often as asked."""
+    """K draws from the guide; model and densities run again with either side's parameters held, as often as asked."""
 
     step = torch.tensor(torch.nan)
 
     def __init__(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], draws: int) -> None:
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
+        first = guide_trace(guide, args, kwargs)
         self._rows: dict[str, Tensor] = {}
-        drawn = self._run_guide()
-        self._rows |= _subsamples(drawn)
-        modelled = self._run_model(drawn)
-        self._rows |= _subsamples(modelled)
-        self._drawn = [drawn, *(self._run_guide() for _ in range(draws - 1))]
-        self._modelled = [modelled, *(self._run_model(other) for other in self._drawn[1:])]
+        self._drawn, self._modelled = [first], [self._run_model(first)]
+        self._rows = {n: s["value"] for t in (first, self._modelled[0]) for n, s in t.nodes.items() if is_plate(s)}
+        for _ in range(draws - 1):  # all draws of a K-sample bound see the same rows
+            with Rows(self._rows):
+                drawn = guide_trace(guide, args, kwargs)
+            self._drawn.append(drawn)
+            self._modelled.append(self._run_model(drawn))
         theta, phi = _leaves(self._modelled[0]), _leaves(self._drawn[0])
         self._theta, self._phi = list(theta.values()), list(phi.values())
         self.has_theta, self.shared = bool(theta), sorted(set(theta) & set(phi))
@@ -98,8 +100,8 @@ class _StockDraws:
         for drawn, modelled in zip(self._drawn, self._modelled, strict=True):
             given, guide = (drawn if phi else revalued(drawn, Tensor.detach)), drawn
             if density != phi or not density:
-                with _holding([] if density else self._phi), poutine.replay(trace=anew(given)):
-                    guide = self._run_guide()
+                with Rows(self._rows), _holding([] if density else self._phi), poutine.replay(trace=anew(given)):
+                    guide = guide_trace(self._guide, self._args, self._kwargs)
                     guide.compute_log_prob()
             drawn.compute_log_prob()
             model = modelled
@@ -124,12 +126,8 @@ class _StockDraws:
         """N/B of a plate that the model subsamples."""
         return (frame.full_size or frame.size) / frame.size if frame.vectorized else 1.0
 
-    def _run_guide(self) -> Trace:
-        with _given_rows(self._rows):
-            return guide_trace(self._guide, self._args, self._kwargs)
-
     def _run_model(self, drawn: Trace) -> Trace:
-        with _given_rows(self._rows):
+        with Rows(self._rows):
             return poutine.trace(poutine.replay(self._model, trace=drawn)).get_trace(*self._args, **self._kwargs)
 
     def _find_structure(self) -> Structure:
@@ -151,21 +149,6 @@ def _leaves(trace: Trace) -> dict[str, Tensor]:
     """Unconstrained leaves of the parameters a trace read, by name."""
     values = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "param"}
     return {name: x.unconstrained() if hasattr(x, "unconstrained") else x for name, x in values.items()}
-
-
-def _subsamples(trace: Trace) -> dict[str, Tensor]:
-    """Rows that subsampled plates drew, by plate."""
-    plates = {name: site for name, site in trace.nodes.items() if is_plate(site)}
-    return {n: s["value"] for n, s in plates.items() if s["fn"].subsample_size not in (None, s["fn"].size)}
-
-
-@contextmanager
-def _given_rows(rows: dict[str, Tensor]) -> Iterator[None]:
-    """Run with the rows of the first run: a unit's K draws must be draws of the same unit."""
-    with ExitStack() as stack:
-        for plate, indices in rows.items():
-            stack.enter_context(Rows(plate, indices))
-        yield
 
 
 def _frames(trace: Trace) -> Iterator[Any]:

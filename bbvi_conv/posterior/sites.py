@@ -71,7 +71,7 @@ def replay(program: Program, x: Tensor, latents: Mapping[str, Tensor], batch: Ba
     """The model's trace at flat parameters ``x`` with the latent sites given and the sites ``free`` sampled afresh."""
     with ExitStack() as stack:
         if batch.indices is not None and program.plate is not None:
-            stack.enter_context(Rows(program.plate, batch.indices))
+            stack.enter_context(Rows({program.plate: batch.indices}))
         stack.enter_context(poutine.condition(data=dict(latents)))
         stack.enter_context(Unobserved(free))
         return poutine.trace(program.bind(program.model, x)).get_trace(*program.positional(batch), **program.kwargs)

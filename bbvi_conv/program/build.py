@@ -130,7 +130,7 @@ def _build(
 
     def attempt(args: tuple[Any, ...], rows: Tensor | None = None) -> _Pass:
         with torch.random.fork_rng(devices=[]), quiet_pyro(None, dtype):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             made = guide if guide is not None else family(model)  # type: ignore[misc]
         store = pyro.get_param_store().get_state() if loop else {"params": {}, "constraints": {}}
         return _eager_pass(model, made, args, kwargs, minibatch, rows, dtype, seed, store)
@@ -152,8 +152,13 @@ def _build(
             batched = tuple(i for i, a in enumerate(args) if _is_row_tensor(a, total))
             batch = Batch(tuple(args[i][rows] for i in batched))
         _check_local_latents(eager, minibatch, by_index)
-    if not loop:
-        _check_subsampling(eager, minibatch)
+    own_rows = _own_rows(eager, minibatch)
+    if own_rows and not loop:
+        plate, fn = own_rows[0], _plate(eager, own_rows[0])
+        raise ValueError(
+            f"plate {plate!r} subsamples {fn.subsample_size} of {fn.size} rows; "
+            f'pass minibatch=Minibatch({fn.subsample_size}, plate="{plate}")'
+        )
     _warn_of_constants(eager)
     obstacles = [f"random operation {name!r} is not on the noise tape" for name in sorted(eager.tape.untaped)]
     obstacles += [f"buffer {name!r} changes as the program runs" for name in changed_buffers(eager.modules)]
@@ -177,6 +182,7 @@ def _build(
         untaped=untaped,
         implicit=eager.tape.implicit,
         modules=[called.module for called in eager.modules],
+        own_rows=own_rows,
     )
     program.structure = analyse(eager.guide_trace, eager.model_trace, _dependent(program, eager, batch))
     restore_buffers(eager.modules)
@@ -215,11 +221,11 @@ def _eager_pass(
     """Run guide and model once under Pyro's validation; lazy guides are built by a run before it."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         stack.enter_context(quiet_pyro(store, dtype, validate=True))
         modules = stack.enter_context(called_modules())
         if minibatch and rows is not None:
-            stack.enter_context(Rows(minibatch.plate, rows))
+            stack.enter_context(Rows({minibatch.plate: rows}))
         if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
             try:
                 guide(*args, **kwargs)
@@ -291,22 +297,19 @@ def _with_minibatch(
 
 
 def _plate(eager: _Pass, name: str) -> Any:
-    plates = {n: s["fn"] for n, s in eager.model_trace.nodes.items() if is_plate(s)}
+    traces = (eager.guide_trace, eager.model_trace)
+    plates = {n: s["fn"] for trace in traces for n, s in trace.nodes.items() if is_plate(s)}
     if name not in plates:
         raise ValueError(f"the model has no plate {name!r} to subsample; its plates are {sorted(plates) or 'none'}")
     return plates[name]
 
 
-def _check_subsampling(eager: _Pass, minibatch: Minibatch | None) -> None:
-    for trace in (eager.guide_trace, eager.model_trace):
-        for name, site in trace.nodes.items():
-            if not is_plate(site) or (minibatch is not None and name == minibatch.plate):
-                continue
-            size, part = site["fn"].size, site["fn"].subsample_size
-            if part not in (None, size):
-                raise ValueError(
-                    f'plate {name!r} subsamples {part} of {size} rows; pass minibatch=Minibatch({part}, plate="{name}")'
-                )
+def _own_rows(eager: _Pass, minibatch: Minibatch | None) -> list[str]:
+    """Plates that the model or guide subsamples by itself."""
+    traces = (eager.guide_trace, eager.model_trace)
+    plates = {name: site["fn"] for trace in traces for name, site in trace.nodes.items() if is_plate(site)}
+    named = None if minibatch is None else minibatch.plate
+    return [n for n, fn in plates.items() if fn.subsample_size not in (None, fn.size) and n != named]
 
 
 def _check_local_latents(eager: _Pass, minibatch: Minibatch, by_index: bool) -> None:

@@ -43,15 +43,15 @@ class SiteValues(NamedTuple):
 
 
 class Rows(Messenger):  # type: ignore[misc]
-    """Answer the subsample statement of one plate with given row indices."""
+    """Answer the subsample statements of plates with given row indices, by name."""
 
-    def __init__(self, plate: str, indices: Tensor) -> None:
+    def __init__(self, indices: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.plate, self.indices = plate, indices
+        self.indices = indices
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] == self.plate and is_plate(msg):
-            msg["value"], msg["done"] = self.indices, True
+        if msg["name"] in self.indices and is_plate(msg):
+            msg["value"], msg["done"] = self.indices[msg["name"]], True
 
 
 @contextmanager
@@ -99,6 +99,7 @@ class Program:
         dtype: float type of parameters, noise and data.
         obstacles: why the program cannot be traced; empty when nothing is known against it.
         untaped: whether a random operation is drawn from a generator seeded by the tape.
+        own_rows: plates whose rows the model draws by itself, in a loop of the user's own.
         implicit: whether a draw has an implicit gradient, which has no second derivative.
     """
 
@@ -122,13 +123,14 @@ class Program:
         untaped: bool,
         implicit: bool,
         modules: Sequence[nn.Module],
+        own_rows: Sequence[str] = (),
     ) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.store, self.structure, self.layout, self.dtype = store, structure, layout, dtype
         self.minibatch, self.batched, self.total, self.by_index = minibatch, batched, total, by_index
         self.obstacles, self.untaped, self.implicit = tuple(obstacles), untaped, implicit
         self.leaves = tuple(sorted(leaves, key=lambda leaf: GROUPS.index(leaf.group)))
-        self.modules = tuple(modules)
+        self.modules, self.own_rows = tuple(modules), tuple(own_rows)
         self.analytic: tuple[str, ...] = ()
         self.scale = total / minibatch.size if minibatch else 1.0
         self.sizes = [leaf.tensor.numel() for leaf in self.leaves]
@@ -246,9 +248,9 @@ class Program:
             if self.untaped and noise is not None:
                 stack.enter_context(torch.random.fork_rng(devices=[]))
                 high, low = (int(float(u) * 2**24) for u in noise.uniform[:UNTAPED_SEED])
-                torch.manual_seed((high << 24) + low)
+                torch.default_generator.manual_seed((high << 24) + low)
             if batch.indices is not None and self.plate is not None:
-                stack.enter_context(Rows(self.plate, batch.indices))
+                stack.enter_context(Rows({self.plate: batch.indices}))
             stack.enter_context(taped(tape))
             yield tape
 

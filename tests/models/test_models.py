@@ -62,6 +62,7 @@ def test_nothing_ships_untested() -> None:
         "challenger",
         "conjugate_gaussian",
         "eight_schools",
+        "tighter_bounds",
         "vae",
     }
     assert "models" not in sys.modules
@@ -215,6 +216,69 @@ def test_conjugate_gaussian_data_are_reproducible_and_leave_the_generator_alone(
     assert torch.equal(module.data()[0], module.data()[0])
     assert not torch.equal(module.data()[0], module.data(seed=1)[0])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# Tighter bounds
+
+
+def test_tighter_bounds_density_and_evidence() -> None:
+    """Model and guide against scipy at parameters of the store; the joint over the exact posterior is the evidence."""
+    module = load("tighter_bounds")
+    (x,) = module.data(size=3, dim=2, seed=4)
+    mu, slope, offset = module.near_optimum(x, offset=0.4)
+    z = np.array([[0.3, -1.0], [0.5, 0.1], [2.0, 1.0]])
+    with pyro.get_param_store().scope(), torch.no_grad():
+        store = pyro.get_param_store()
+        store["mu"], store["A"], store["b"] = mu, slope, offset
+        given = {"z": torch.from_numpy(z)}
+        joint, density = (
+            float(poutine.trace(poutine.condition(program, given)).get_trace(x).log_prob_sum())
+            for program in (module.model, module.guide)
+        )
+    data, mean = x.numpy(), mu.detach().numpy()
+    expected = stats.norm(mean, 1).logpdf(z).sum() + stats.norm(z, 1).logpdf(data).sum()
+    assert joint == pytest.approx(expected, rel=1e-12)
+    centre = data @ slope.detach().numpy().T + offset.detach().numpy()
+    assert density == pytest.approx(stats.norm(centre, math.sqrt(2 / 3)).logpdf(z).sum(), rel=1e-12)
+    posterior = stats.norm((data + mean) / 2, math.sqrt(0.5)).logpdf(z).sum()
+    assert float(module.log_evidence(x, mu.detach()).sum()) == pytest.approx(expected - posterior, rel=1e-12)
+
+
+@pytest.mark.parametrize("variance", [2 / 3, 1.0])
+def test_tighter_bounds_weight_variance_is_that_of_the_densities(variance: float) -> None:
+    """E[w] and E[w^2] by quadrature of the densities as written, in one dimension, far from the optimum."""
+    module = load("tighter_bounds")
+    (x,) = module.data(size=2, dim=1, seed=5)
+    parameters = module.near_optimum(x, offset=0.6)
+    found = module.relative_weight_variance(x, parameters, variance)
+    mu, slope, offset = (float(p) for p in parameters)
+    for n, datum in enumerate(x[:, 0].tolist()):
+        q = stats.norm(slope * datum + offset, math.sqrt(variance))
+
+        def moment(power: int, q: Any = q, datum: float = datum) -> float:
+            def integrand(z: float) -> float:
+                log_w = stats.norm.logpdf(z, mu) + stats.norm.logpdf(datum, z) - q.logpdf(z)
+                return math.exp(power * log_w + q.logpdf(z))
+
+            centre = slope * datum + offset
+            return integrate.quad(integrand, centre - 14, centre + 14, epsabs=1e-13, epsrel=1e-11, limit=400)[0]
+
+        assert moment(1) == pytest.approx(math.exp(module.log_evidence(x, parameters.mu)[n]), rel=1e-8)
+        assert float(found[n]) == pytest.approx(moment(2) / moment(1) ** 2 - 1, rel=1e-8)
+        assert found[n] > 0.05
+
+
+def test_tighter_bounds_optimum_and_refusal() -> None:
+    """At the optimum every datum has its own posterior mean, and mu* is where grad log Z vanishes."""
+    module = load("tighter_bounds")
+    (x,) = module.data(size=50, dim=4)
+    mu, slope, offset = module.optimum(x)
+    torch.testing.assert_close(x @ slope.T + offset, (x + mu) / 2)
+    mu.requires_grad_()
+    (gradient,) = torch.autograd.grad(module.log_evidence(x, mu).sum(), mu)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="must exceed 1/4"):
+        module.relative_weight_variance(x, module.optimum(x), 0.25)
 
 
 # VAE
