@@ -36,9 +36,14 @@ def fit(
         str, typer.Argument(metavar="FILE[:NAME]", help="a model file, or a shipped model such as eight_schools")
     ],
     family: Annotated[str | None, typer.Option(help="mean-field or full-rank, where the file has no guide")] = None,
-    objective: Annotated[str | None, typer.Option(help="the bound: elbo")] = None,
-    particles: Annotated[int | None, typer.Option(help="draws of the objective at a step")] = None,
-    estimator: Annotated[str | None, typer.Option(help="of the gradient: pathwise or sticking-the-landing")] = None,
+    objective: Annotated[str | None, typer.Option(help="the bound: elbo, iwae, vr-iwae, miwae, ciwae or piwae")] = None,
+    particles: Annotated[int | None, typer.Option(help="draws of the objective: K, for the elbo M")] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="of the gradient: pathwise, sticking-the-landing or doubly-reparameterised")
+    ] = None,
+    groups: Annotated[int | None, typer.Option(help="M of miwae and piwae")] = None,
+    alpha: Annotated[float | None, typer.Option(help="alpha of vr-iwae, in [0, 1)")] = None,
+    elbo_weight: Annotated[float | None, typer.Option(help="share of the elbo in ciwae")] = None,
     steps: Annotated[int | None, typer.Option(help="optimiser steps at most")] = None,
     tol: Annotated[float | None, typer.Option(help="tolerance on the remaining gap, in nats")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of all noise, and of networks made by the file")] = None,
@@ -67,6 +72,7 @@ def fit(
             raise ValueError(f"{directory} already holds a run: choose another directory with --out, or resume it")
         options = {"family": family, "max_steps": steps, "tol": tol, "engine": engine, "device": device, "dtype": dtype}
         options |= {"objective": objective, "particles": particles, "estimator": estimator}
+        options |= {"groups": groups, "alpha": alpha, "elbo-weight": elbo_weight}
         options |= {"minibatch": minibatch, "plate": plate, "step_size": step_size}
         settings = _settings(found, {name: value for name, value in options.items() if value is not None})
         result = _fit(found, settings, directory, quiet)
@@ -180,7 +186,6 @@ def _settings(found: ModelFile, options: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from bbvi_conv.families import FAMILIES
-    from bbvi_conv.objectives import OBJECTIVES
     from bbvi_conv.run import Settings
 
     names = [field.name for field in dataclasses.fields(Settings)]
@@ -200,19 +205,41 @@ def _settings(found: ModelFile, options: dict[str, Any]) -> dict[str, Any]:
     if "minibatch" in options or "plate" in options:
         settings["minibatch"] = _minibatch(settings.get("minibatch"), options)
     chosen = Settings(**settings)  # which fills in the bound and the rule that a minibatch or its absence calls for
-    details = {"particles": "num_particles", "estimator": "estimator"}
-    details = {option: name for option, name in details.items() if option in options}
+    details = {name: options[option] for option, name in _OF_OBJECTIVES.items() if option in options}
     if "objective" in options or details:
-        base: Any = chosen.bound()
-        if "objective" in options:
-            kind = _pick("objective", options["objective"], OBJECTIVES)
-            base = base if type(base) is kind else kind()
-        settings["objective"] = _replaced(base, {name: options[option] for option, name in details.items()}, details)
+        settings["objective"] = _objective(chosen.bound(), options.get("objective"), details)
     if "step_size" in options:
         optimiser: Any = chosen.rule()
         rule = _replaced(optimiser.step_size, {"size": options["step_size"]}, {"step-size": "size"})
         settings["optimiser"] = dataclasses.replace(optimiser, step_size=rule)
     return settings
+
+
+_OF_OBJECTIVES = {
+    "particles": "num_particles",
+    "estimator": "estimator",
+    "groups": "num_groups",
+    "alpha": "alpha",
+    "elbo-weight": "elbo_weight",
+}
+"""Option -> argument of an objective."""
+
+
+def _objective(base: Any, name: str | None, details: Mapping[str, Any]) -> Any:
+    """The objective of that name with its details; those of the file's own stay where it is the same one."""
+    import inspect
+
+    from bbvi_conv.objectives import OBJECTIVES
+
+    options = {option: argument for option, argument in _OF_OBJECTIVES.items() if argument in details}
+    make = None if name is None else _pick("objective", name, OBJECTIVES)
+    if make is None or type(base) is make:
+        return _replaced(base, details, options)
+    arguments = inspect.signature(make).parameters
+    for option, argument in options.items():
+        if argument not in arguments:
+            raise ValueError(f"--{option} does not apply to {name}: leave it out")
+    return make(**details)
 
 
 def _pick(option: str, name: str, choices: Mapping[str, Any]) -> Any:

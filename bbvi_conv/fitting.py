@@ -13,11 +13,13 @@ from torch import Tensor
 
 from bbvi_conv.families import MeanField
 from bbvi_conv.monitor.intervals import Estimate, unavailable
+from bbvi_conv.objectives import Objective
 from bbvi_conv.program.buffers import CalledModule, own_buffers, restore_buffers
 from bbvi_conv.program.build import build
 from bbvi_conv.program.program import Params, Program
 from bbvi_conv.progress import Progress
 from bbvi_conv.run import FitState, OnLook, Run, Settings, figures, returned
+from bbvi_conv.settings import encode
 from bbvi_conv.verdict import Evidence, Verdict, decide
 
 if TYPE_CHECKING:
@@ -232,6 +234,11 @@ class Fit:
         return self.run.engine.reason
 
     @property
+    def objective(self) -> Objective:
+        """The bound and estimator in force at the end; under a schedule, the one it had come to."""
+        return self.run.schedule.at(self.state.step, self.state.monitor.looks)
+
+    @property
     def params(self) -> Params:
         """Unconstrained leaves by group: ``{"theta": {name: tensor}, "phi": ..., "shared": ...}``."""
         return self.program.params(self.x)
@@ -337,6 +344,7 @@ class Fit:
             "seconds": dict(self.seconds),
             "engine": {"name": self.engine_name, "reason": self.engine_reason},
             "unit": self.program.structure.describe(),
+            "objective": encode(self.objective),
         }
 
 

@@ -272,7 +272,8 @@ class Run:
     def _close_window(self, state: FitState) -> FitState:
         x = returned(state._replace(previous=None), self.settings)
         state = self._check(state, x)
-        if is_done(state.checks, self.trend(state)[0], self.settings.tol):
+        settled = self.schedule.settled(state.step, state.monitor.looks)
+        if settled and is_done(state.checks, self.trend(state)[0], self.settings.tol):
             return state._replace(done=True)
         return self.next_window(state, x)
 

@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bbvi_conv.cli import app
+from bbvi_conv.objectives import CIWAE, IWAE, MIWAE, PIWAE, VRIWAE, Objective
 from bbvi_conv.program import Minibatch
 from bbvi_conv.run import Settings
 from bbvi_conv.settings import decode
@@ -362,3 +363,30 @@ def wait_for_checkpoint(out: Path, running: subprocess.Popen[str]) -> None:
         assert time.monotonic() < deadline
         assert running.poll() is None, running.communicate()
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ("--objective", "iwae", "--particles", "5", "--estimator", "doubly-reparameterised"),
+            IWAE(5, "doubly-reparameterised"),
+        ),
+        (("--objective", "vr-iwae", "--particles", "3", "--alpha", "0.25"), VRIWAE(3, 0.25)),
+        (("--objective", "ciwae", "--particles", "3", "--elbo-weight", "0.75"), CIWAE(3, 0.75)),
+        (("--objective", "miwae", "--groups", "2", "--particles", "3"), MIWAE(2, 3)),
+        (("--objective", "piwae", "--groups", "2", "--particles", "2"), PIWAE(2, 2)),
+    ],
+)
+def test_every_bound_by_options(tmp_path: Path, options: tuple[str, ...], expected: Objective) -> None:
+    result = fit(tmp_path, MODEL, *options, "--quiet")
+    assert result.exit_code in (0, 3), (result.output, result.exception)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert decode(config["settings"]["objective"]) == expected
+
+
+def test_options_of_another_bound_are_refused(tmp_path: Path) -> None:
+    assert_refused(fit(tmp_path, MODEL, "--objective", "iwae", "--alpha", "0.5"), "--alpha does not apply to iwae")
+    assert_refused(fit(tmp_path, MODEL, "--groups", "2"), "--groups does not apply to ELBO")
+    assert_refused(fit(tmp_path, MODEL, "--objective", "vr-iwae", "--alpha", "1"), "alpha must lie in [0, 1)")
+    assert_refused(fit(tmp_path, MODEL, "--objective", "vi"), "unknown objective 'vi'", "vr-iwae")

@@ -31,7 +31,8 @@ class GrowingParticles:
 
     With ``snr`` the raise happens only if the latest look before it found phi's signal-to-noise ratio
     :math:`\sqrt{U / \operatorname{tr}\Sigma}` of one gradient at ``snr`` or above: K grows while phi can afford it.
-    A resumed run makes the same choices, since they follow from steps and looks alone. For :func:`bbvi_conv.fit` only.
+    A run that follows a plan is not done before K has reached ``stop``. A resumed run makes the same choices, since
+    they follow from steps and looks alone. For :func:`bbvi_conv.fit` only.
 
     Args:
         objective: the bound at its first K.
@@ -74,6 +75,10 @@ class GrowingParticles:
     def next_change(self, step: int) -> int:
         """The next step at which K may be raised."""
         return (step // self.every + 1) * self.every
+
+    def settled(self, step: int, looks: Sequence[LookLike]) -> bool:
+        """Whether K has reached ``stop``; where it waits for the signal of phi, a run may be done at any K."""
+        return self.snr is not None or self.at(step, looks).num_particles == self.stop
 
 
 def _signal(looks: Sequence[LookLike], before: int) -> float:

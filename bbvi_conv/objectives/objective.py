@@ -151,6 +151,10 @@ class Objective(StockLoss):
         """First later step at which :meth:`at` may differ by plan, if any."""
         return None
 
+    def settled(self, step: int, looks: Any) -> bool:
+        """Whether no other objective is due after this one by plan, so that a run may be done."""
+        return True
+
     def validate(self, program: Program) -> None:
         """Refuse what has no unbiased estimator.
 
