@@ -136,13 +136,19 @@ class MeanFieldGuide(AutoNormal):  # type: ignore[misc]
         return result
 
 
-def _check_scale(init_scale: float) -> None:
-    if not init_scale > 0:
-        raise ValueError(f"init_scale must be positive, got {init_scale}")
+@dataclass(frozen=True)
+class _LocationScale:
+    """The argument that location-scale families share."""
+
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.init_scale > 0:
+            raise ValueError(f"init_scale must be positive, got {self.init_scale}")
 
 
 @dataclass(frozen=True)
-class MeanField:
+class MeanField(_LocationScale):
     r"""Factorised Gaussian :math:`q(z) = \prod_i N(z_i \mid m_i, s_i^2)` on the unconstrained space.
 
     Args:
@@ -154,18 +160,13 @@ class MeanField:
     Reference: Kucukelbir et al. (2017), https://arxiv.org/abs/1603.00788
     """
 
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        _check_scale(self.init_scale)
-
     def __call__(self, model: Callable[..., Any]) -> AutoGuide:
         """A guide for ``model``, built at its first run."""
         return MeanFieldGuide(model, self.init_scale)
 
 
 @dataclass(frozen=True)
-class FullRank:
+class FullRank(_LocationScale):
     r"""Gaussian :math:`N(m, L L^\top)` over all latent sites, :math:`L = \mathrm{diag}(s) T`, T unit lower-triangular.
 
     Args:
@@ -176,11 +177,6 @@ class FullRank:
 
     Reference: Kucukelbir et al. (2017), https://arxiv.org/abs/1603.00788
     """
-
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        _check_scale(self.init_scale)
 
     def __call__(self, model: Callable[..., Any]) -> AutoGuide:
         """A guide for ``model``, built at its first run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -12,8 +13,40 @@ from bbvi_conv.objectives.objective import DOUBLY, PATHWISE, Objective
 from bbvi_conv.objectives.weights import renyi, tempered
 
 
+class _KDraws(Objective):
+    """What bounds of K draws have in common; a member says ``bound`` and ``weights``."""
+
+    num_particles: int
+
+    def __post_init__(self) -> None:
+        check_count("num_particles", self.num_particles)
+        check_estimator(self.estimator, (PATHWISE, DOUBLY))
+
+    @property
+    def draws(self) -> int:
+        """K."""
+        return self.num_particles
+
+    @property
+    def linear(self) -> bool:
+        """Only with one draw."""
+        return self.num_particles == 1
+
+    def quietest(self) -> Self:
+        """Doubly reparameterised."""
+        return replace(self, estimator=DOUBLY)
+
+    def single(self) -> Self:
+        """Itself: K is part of the bound."""
+        return self
+
+    def plain(self) -> Self:
+        """Pathwise."""
+        return replace(self, estimator=PATHWISE)
+
+
 @dataclass(frozen=True)
-class IWAE(Objective):
+class IWAE(_KDraws):
     r"""Importance-weighted bound, in nats, summed over the data.
 
     .. math:: L_K = \sum_u E \log \tfrac1K \sum_k p_\theta(x_u, z_{uk}) / q_\phi(z_{uk} | x_u), \quad z_{uk} \sim q_\phi
@@ -39,20 +72,6 @@ class IWAE(Objective):
     num_particles: int = 5
     estimator: str = PATHWISE
 
-    def __post_init__(self) -> None:
-        check_count("num_particles", self.num_particles)
-        check_estimator(self.estimator, (PATHWISE, DOUBLY))
-
-    @property
-    def draws(self) -> int:
-        """K."""
-        return self.num_particles
-
-    @property
-    def linear(self) -> bool:
-        """Only with one draw."""
-        return self.num_particles == 1
-
     def bound(self, log_w: Tensor) -> Tensor:
         """Log mean weight."""
         return renyi(log_w, 0.0)
@@ -62,21 +81,9 @@ class IWAE(Objective):
         v = torch.softmax(log_w, 0)
         return v, v * v
 
-    def quietest(self) -> IWAE:
-        """Doubly reparameterised."""
-        return replace(self, estimator=DOUBLY)
-
-    def single(self) -> IWAE:
-        """Itself: K is part of the bound."""
-        return self
-
-    def plain(self) -> IWAE:
-        """Pathwise."""
-        return replace(self, estimator=PATHWISE)
-
 
 @dataclass(frozen=True)
-class VRIWAE(Objective):
+class VRIWAE(_KDraws):
     r"""Variational Renyi importance-weighted bound, in nats, summed over the data.
 
     .. math:: L_{\alpha, K} = \sum_u E \tfrac1{1-\alpha} \log \tfrac1K \sum_k w_{uk}^{1-\alpha}
@@ -107,19 +114,8 @@ class VRIWAE(Objective):
     estimator: str = PATHWISE
 
     def __post_init__(self) -> None:
-        check_count("num_particles", self.num_particles)
+        super().__post_init__()
         check_share("alpha", self.alpha, below_one=True)
-        check_estimator(self.estimator, (PATHWISE, DOUBLY))
-
-    @property
-    def draws(self) -> int:
-        """K."""
-        return self.num_particles
-
-    @property
-    def linear(self) -> bool:
-        """Only with one draw."""
-        return self.num_particles == 1
 
     def bound(self, log_w: Tensor) -> Tensor:
         """Renyi mean of the weights."""
@@ -129,18 +125,6 @@ class VRIWAE(Objective):
         r""":math:`v` and :math:`\alpha v + (1 - \alpha) v^2`."""
         v = tempered(log_w, self.alpha)
         return v, self.alpha * v + (1 - self.alpha) * v * v
-
-    def quietest(self) -> VRIWAE:
-        """Doubly reparameterised."""
-        return replace(self, estimator=DOUBLY)
-
-    def single(self) -> VRIWAE:
-        """Itself: K is part of the bound."""
-        return self
-
-    def plain(self) -> VRIWAE:
-        """Pathwise."""
-        return replace(self, estimator=PATHWISE)
 
 
 @dataclass(frozen=True)
@@ -213,7 +197,7 @@ class MIWAE(Objective):
 
 
 @dataclass(frozen=True)
-class CIWAE(Objective):
+class CIWAE(_KDraws):
     r"""Convex combination :math:`\beta\, L_{ELBO} + (1 - \beta)\, L_{IWAE_K}` over the same K draws.
 
     Args:
@@ -232,19 +216,8 @@ class CIWAE(Objective):
     estimator: str = PATHWISE
 
     def __post_init__(self) -> None:
-        check_count("num_particles", self.num_particles)
+        super().__post_init__()
         check_share("elbo_weight", self.elbo_weight)
-        check_estimator(self.estimator, (PATHWISE, DOUBLY))
-
-    @property
-    def draws(self) -> int:
-        """K."""
-        return self.num_particles
-
-    @property
-    def linear(self) -> bool:
-        """Only with one draw, or as the plain ELBO."""
-        return self.num_particles == 1 or self.elbo_weight == 1
 
     def bound(self, log_w: Tensor) -> Tensor:
         """Both bounds, mixed."""
@@ -254,15 +227,3 @@ class CIWAE(Objective):
         """Both weights, mixed."""
         v, even = torch.softmax(log_w, 0), torch.full_like(log_w, self.elbo_weight / len(log_w))
         return even + (1 - self.elbo_weight) * v, even + (1 - self.elbo_weight) * v * v
-
-    def quietest(self) -> CIWAE:
-        """Doubly reparameterised."""
-        return replace(self, estimator=DOUBLY)
-
-    def single(self) -> CIWAE:
-        """Itself: K is part of the bound."""
-        return self
-
-    def plain(self) -> CIWAE:
-        """Pathwise."""
-        return replace(self, estimator=PATHWISE)
