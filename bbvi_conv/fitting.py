@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bbvi_conv.families import MeanField
 from bbvi_conv.monitor.intervals import Estimate, unavailable
+from bbvi_conv.monitor.state import signal_to_noise
 from bbvi_conv.objectives import Objective
 from bbvi_conv.program.buffers import CalledModule, own_buffers, restore_buffers
 from bbvi_conv.program.build import build
@@ -310,7 +311,8 @@ class Fit:
 
     def _verdict(self) -> Verdict:
         trend, reason = self.run.trend(self.state)
-        evidence = Evidence(self.state.checks, trend, reason, self.run.failure(self.state), self.interrupted)
+        signal = signal_to_noise(self.state.monitor, "phi")
+        evidence = Evidence(self.state.checks, trend, reason, self.run.failure(self.state), self.interrupted, signal)
         khat, threshold = self._khat(evidence)
         verdict = decide(evidence, self.settings.tol, khat, threshold)
         return dataclasses.replace(verdict, numbers=self._numbers(khat, threshold))
@@ -338,6 +340,7 @@ class Fit:
                 "over": seen.label,
                 "per": "datum" if self.run.normaliser > 1 else "total",
             },
+            "signal_to_noise": {g: signal_to_noise(self.state.monitor, g).to_json() for g in ("theta", "phi")},
             "rate": seen.rate.to_json(),
             "khat": {**khat.to_json(), "threshold": threshold},
             "steps": self.state.step,

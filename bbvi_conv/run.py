@@ -261,6 +261,7 @@ class Run:
             grams,
             bound=-float(losses.mean()),
             bound_error=float(losses.std()) / len(losses) ** 0.5,
+            noise=self.judge.noise(state.carry.x, index, state.step),
         )
         return state._replace(monitor=update(state.monitor, entry), seconds=self._timed(state, "monitor", start))
 

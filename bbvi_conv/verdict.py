@@ -26,6 +26,9 @@ OUTCOMES: dict[Outcome, str] = {
 DOUBLINGS = 3
 """Windows without improvement that decide where the remaining gap is not available."""
 
+NOISE = 0.1
+"""Signal-to-noise ratio of one gradient below which phi is told to be noise."""
+
 
 class Evidence(NamedTuple):
     """What the decision rests on.
@@ -35,6 +38,7 @@ class Evidence(NamedTuple):
         trend: of the plateau test on the squared gradient norm, with its sentence.
         failure: where and why a value was not finite, else empty.
         interrupted: whether the run was stopped by the user.
+        signal: signal-to-noise ratio of phi's gradient over the last looks.
     """
 
     checks: Sequence[Check]
@@ -42,6 +46,7 @@ class Evidence(NamedTuple):
     trend_reason: str
     failure: str = ""
     interrupted: bool = False
+    signal: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,12 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
         reasons.append(f"the bound fell by {-fall:.3g} nats over one of the last {DOUBLINGS} windows: it wanders")
     outcome = _not_done(evidence, tolerance)
     reasons.append(_ADVICE[outcome])
+    if evidence.signal is not None and evidence.signal.high is not None and evidence.signal.high < NOISE:
+        reasons.append(
+            f"the gradient of phi is noise: signal to noise {show(evidence.signal, '')}, all below {NOISE:g}; the "
+            "estimator sticking-the-landing, for K > 1 doubly-reparameterised, helps, and so do fewer K with more M, "
+            "or a larger batch"
+        )
     if evidence.interrupted:
         reasons.append(f"stopped by the user at step {last.step}")
     return Verdict(outcome, tuple(reasons))

@@ -139,3 +139,17 @@ def test_numbers_travel_with_the_outcome() -> None:
         "reasons": ["more steps"],
     }
     assert show(NONE) == f"not available: {NONE.reason}"
+
+
+def test_phi_that_is_noise_is_told_with_what_helps_unless_the_run_converged() -> None:
+    far, done = evidence((FAR, FIRST), (FAR, GAIN)), evidence((FAR, FIRST), (TINY, ZERO))
+    faint, clear, none = Estimate(0.03, 0.0, 0.09), Estimate(0.09, 0.05, 0.13), unavailable("no phi")
+
+    def told(seen: Evidence, signal: Estimate | None) -> str:
+        return "; ".join(decide(seen._replace(signal=signal), TOL, GOOD, 0.7).reasons)
+
+    said = told(far, faint)
+    for word in ("gradient of phi is noise", "0.03 [0, 0.09]", "doubly-reparameterised", "larger batch", "more M"):
+        assert word in said
+    for seen, signal in ((far, clear), (far, none), (far, None), (done, faint)):
+        assert "is noise" not in told(seen, signal)

@@ -160,7 +160,7 @@ def squared_norm(gram: Tensor, level: float = 0.95) -> SquaredNorm:
 
     floor = 2.0 * trace_sq / (count * (count - 1))
     scale = _noise_scale(value, trace, trace_sq, along_gradient, mean_norm_sq, floor, count)
-    low, high = _ends(value, 4.0 * scale / count, floor, student_quantile(level, count - 1))
+    low, high = ends(value, 4.0 * scale / count, floor, student_quantile(level, count - 1))
     return SquaredNorm(value, low, high, max(trace, 0.0), trace_sq, scale, mean_norm_sq, count)
 
 
@@ -191,8 +191,8 @@ def _noise_scale(
     return max(candidates)
 
 
-def _ends(value: float, slope: float, floor: float, z: float) -> tuple[float, float]:
-    """Ends of {c >= 0 : (value - c)^2 <= z^2 (slope c + floor)}, widened as :func:`squared_norm` says."""
+def ends(value: float, slope: float, floor: float, z: float) -> tuple[float, float]:
+    """Ends of the c >= 0 with (value - c)^2 <= z^2 (slope c + floor), widened as :func:`squared_norm` says."""
     centre = value + z * z * slope / 2
     discriminant = z * z * (z * z * slope * slope / 4 + slope * value + floor)
     root = math.sqrt(max(discriminant, 0.0))

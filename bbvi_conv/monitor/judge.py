@@ -68,6 +68,10 @@ def effort(size: int, wide: int, *, vectorised: bool) -> Effort:
     return Effort(min(first, afford), min(most, afford), dense, matrix, wide > WIDE)
 
 
+TRAINING_GRADIENTS = 8
+"""Gradients by the estimator that trains at a look: enough for the trace of their covariance."""
+
+
 class Check(NamedTuple):
     """What a check says of the returned parameters; all numbers in total nats.
 
@@ -147,6 +151,15 @@ class Judge:
         feed = self._feed(self.quiet, "monitor", stratum, self.count)
         grads, losses = self.quiet.gradients(x, feed, step=step)
         return grams_by_group(self.calculus.program, grads), losses
+
+    def noise(self, x: Tensor, stratum: int, step: float = math.inf) -> dict[str, float] | None:
+        """Trace of the covariance of one gradient that trains, per group; None where looks are by that estimator."""
+        if self.quiet is self.calculus:
+            return None
+        feed = self._feed(self.calculus, "monitor", stratum, min(self.count, TRAINING_GRADIENTS))
+        spread = self.calculus.gradients(x, feed, step=step)[0].to(torch.float64).var(0)
+        groups = self.calculus.program.groups
+        return {g: float(spread[groups[g]].sum()) for g in GROUPS if groups[g].stop > groups[g].start}
 
     # ---- checks ----
 

@@ -9,20 +9,23 @@ The state is plain data and an old one stays valid, so a run can be replayed, re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from bbvi_conv.monitor.gradient_norm import SquaredNorm, squared_norm, total_gram
-from bbvi_conv.monitor.intervals import Estimate, unavailable
+from bbvi_conv.monitor.gradient_norm import SquaredNorm, ends, squared_norm, total_gram
+from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
 from bbvi_conv.monitor.rate import Rate, rates
 from bbvi_conv.monitor.series import Array, Series
 from bbvi_conv.monitor.strata import running_mean
 
 GROUPS = ("theta", "phi", "shared")
 FIGURES = (*GROUPS, "total")
+LATEST = 5
+"""Looks that :func:`signal_to_noise` pools."""
 THIS_RUN = "this run"
 CONDITIONAL = "this run, conditional on the minibatch"
 
@@ -35,6 +38,7 @@ _NORM_COLUMNS = {
     "noise_scale_{}": "noise_scale",
     "mean_norm_sq_biased_{}": "mean_norm_sq_biased",
 }
+_NOISE_COLUMN, _SNR_COLUMN = "training_trace_sigma_{}", "snr_{}"
 _MEAN_COLUMNS = ("running_mean_{}", "running_mean_{}_low", "running_mean_{}_high")
 _OWN_COLUMNS = ("step", "stratum", "stratum_start", "stratum_length", "num_gradients", "bound", "bound_error")
 
@@ -49,6 +53,8 @@ class Look(NamedTuple):
         theta, phi, shared, total: squared gradient norms of the generative, the variational and the shared parameters,
             and of all of them.
         bound, bound_error: an estimate of the bound at this step and its standard error, where one was made.
+        noise: trace of the covariance of one gradient by the estimator that trains, for each figure; the norms are
+            looked at by the quietest estimator of the same gradient.
     """
 
     step: int
@@ -61,10 +67,16 @@ class Look(NamedTuple):
     total: SquaredNorm
     bound: float | None = None
     bound_error: float | None = None
+    noise: Mapping[str, float] = {}
 
     def norm(self, figure: str) -> SquaredNorm | None:
         """The squared norm called ``figure``, one of :data:`FIGURES`."""
         return {"theta": self.theta, "phi": self.phi, "shared": self.shared, "total": self.total}[figure]
+
+    def signal_to_noise(self, figure: str) -> float | None:
+        """Root of U / tr Sigma of one gradient that trains, 0 where U is negative; None where there is no noise."""
+        norm, noise = self.norm(figure), self.noise.get(figure, 0.0)
+        return None if norm is None or noise <= 0.0 else math.sqrt(max(norm.value, 0.0) / noise)
 
 
 class MonitorState(NamedTuple):
@@ -113,6 +125,7 @@ def look(
     *,
     bound: float | None = None,
     bound_error: float | None = None,
+    noise: Mapping[str, float] | None = None,
     level: float = 0.95,
 ) -> Look:
     """A :class:`Look` from the Gram matrices of the groups at one step.
@@ -123,6 +136,7 @@ def look(
         bounds: first step of the stratum and the first one after it.
         grams: Gram matrix ``(J, J)`` of each group that has parameters, keyed theta, phi, shared.
         bound, bound_error: an estimate of the bound there and its standard error.
+        noise: trace of the covariance of one gradient by the estimator that trains, by group; None: that of ``grams``.
         level: coverage of the intervals.
     Raises:
         ValueError: if a group is unknown, ``step`` is outside ``bounds``, or a Gram matrix is unusable.
@@ -133,9 +147,17 @@ def look(
     if not bounds[0] <= step < bounds[1]:
         raise ValueError(f"step {step} is not in stratum {stratum}, which holds steps {bounds[0]} to {bounds[1] - 1}")
     norms = {name: squared_norm(grams[name], level) if name in grams else None for name in GROUPS}
-    total = squared_norm(total_gram(grams), level)
+    traces = {name: norm.trace_sigma for name, norm in norms.items() if norm is not None} if noise is None else noise
     return Look(
-        step, stratum, bounds[0], bounds[1] - bounds[0], **norms, total=total, bound=bound, bound_error=bound_error
+        step,
+        stratum,
+        bounds[0],
+        bounds[1] - bounds[0],
+        **norms,
+        total=squared_norm(total_gram(grams), level),
+        bound=bound,
+        bound_error=bound_error,
+        noise={**traces, "total": sum(traces.values())},
     )
 
 
@@ -198,9 +220,31 @@ def summary(state: MonitorState, *, steps: int | None = None, level: float = 0.9
     )
 
 
+def signal_to_noise(state: MonitorState, figure: str, *, level: float = 0.95) -> Estimate:
+    r""":math:`\sqrt{U / \operatorname{tr}\Sigma}` of one gradient that trains, over the last :data:`LATEST` looks.
+
+    U and the trace are means over those looks; the interval is that of U, by the quietest estimator.
+    """
+    latest = [(norm, entry.noise.get(figure, 0.0)) for entry in state.looks[-LATEST:] if (norm := entry.norm(figure))]
+    if not latest:
+        return _no_figure(state, figure)
+    count = len(latest)
+    trace = sum(noise for _, noise in latest) / count
+    if trace <= 0.0:
+        return unavailable("the estimator has no noise: its signal-to-noise ratio is infinite")
+    value = sum(norm.value for norm, _ in latest) / count
+    slope = sum(norm.variance_slope for norm, _ in latest) / count**2
+    floor = sum(norm.variance_floor for norm, _ in latest) / count**2
+    degrees = sum(norm.num_gradients - 1 for norm, _ in latest)
+    low, high = ends(value, slope, floor, student_quantile(level, degrees))
+    value, low, high = (math.sqrt(max(u, 0.0) / trace) for u in (value, low, high))
+    return Estimate(value, low, high)
+
+
 def columns() -> list[str]:
     """Names of the columns of :func:`to_rows`."""
-    return [*_OWN_COLUMNS, *(name.format(figure) for figure in FIGURES for name in (*_NORM_COLUMNS, *_MEAN_COLUMNS))]
+    by_figure = (*_NORM_COLUMNS, _NOISE_COLUMN, _SNR_COLUMN, *_MEAN_COLUMNS)
+    return [*_OWN_COLUMNS, *(name.format(figure) for figure in FIGURES for name in by_figure)]
 
 
 def to_rows(state: MonitorState, *, since: int = 0, level: float = 0.95) -> list[list[float | int | None]]:
@@ -257,6 +301,7 @@ def _row(state: MonitorState, level: float) -> list[float | int | None]:
     for figure in FIGURES:
         norm, run = entry.norm(figure), series(state, figure)
         row += [None if norm is None else getattr(norm, field) for field in _NORM_COLUMNS.values()]
+        row += [entry.noise.get(figure), entry.signal_to_noise(figure)]
         row += [None, None, None] if run is None else list(running_mean(run, level)[:3])
     return row
 
@@ -282,6 +327,7 @@ def _parse(cells: Mapping[str, str | float | int | None]) -> Look:
     total = norm("total")
     if total is None:
         raise ValueError("gradient_norm_sq_total is empty")
+    noise = {figure: number(_NOISE_COLUMN.format(figure)) for figure in FIGURES}
     return Look(
         step=whole("step"),
         stratum=whole("stratum"),
@@ -293,4 +339,5 @@ def _parse(cells: Mapping[str, str | float | int | None]) -> Look:
         total=total,
         bound=number("bound"),
         bound_error=number("bound_error"),
+        noise={figure: trace for figure, trace in noise.items() if trace is not None},
     )

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from bbvi_conv.objectives.checks import check_count
 from bbvi_conv.objectives.importance import CIWAE, IWAE, MIWAE, VRIWAE
 
 
 class LookLike(Protocol):
-    """What a schedule reads of a look: its step, and U and the noise of phi."""
+    """What a schedule reads of a look: its step, and phi's signal-to-noise ratio."""
 
     @property
     def step(self) -> int:
         """Steps made."""
         ...
 
-    @property
-    def phi(self) -> Any:
-        """Squared gradient norm of phi with its ``value`` and ``trace_sigma``, or None."""
+    def signal_to_noise(self, figure: str) -> float | None:
+        """Of one gradient that trains; None without noise, or without such parameters."""
         ...
 
 
@@ -83,7 +81,5 @@ class GrowingParticles:
 
 def _signal(looks: Sequence[LookLike], before: int) -> float:
     """Phi's signal-to-noise ratio at the latest look before a step; 0 where there is none."""
-    past = [look.phi for look in looks if look.step < before and look.phi is not None]
-    if not past or past[-1].trace_sigma <= 0.0:
-        return 0.0
-    return math.sqrt(max(past[-1].value, 0.0) / past[-1].trace_sigma)
+    past = [signal for look in looks if look.step < before and (signal := look.signal_to_noise("phi")) is not None]
+    return past[-1] if past else 0.0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bbvi_conv.program.build import dependent_sites
 from bbvi_conv.program.program import Rows, anew, guide_trace
-from bbvi_conv.program.structure import Structure, analyse, is_plate, revalued
+from bbvi_conv.program.structure import Structure, analyse, check_guide, is_plate, revalued
 from bbvi_conv.program.tape import Tape
 from bbvi_conv.program.terms import Terms, collect
 
@@ -137,6 +137,7 @@ class _StockDraws:
                 return found
         except (KeyError, TypeError):
             pass
+        check_guide(self._drawn[0], self._modelled[0])
         with torch.random.fork_rng(devices=[]):  # one more run of the model must not move the loop's own draws
             dependent = dependent_sites(self._drawn[0], self._modelled[0], self._run_model)
         found = analyse(self._drawn[0], self._modelled[0], dependent)

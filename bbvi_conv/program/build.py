@@ -30,6 +30,7 @@ from bbvi_conv.program.structure import (
     check_site,
     is_deterministic,
     is_plate,
+    missing_latent,
     random_sites,
     revalued,
 )
@@ -200,10 +201,7 @@ class _CheckSites(Messenger):  # type: ignore[misc]
         if is_plate(msg) or is_deterministic(msg):
             return
         if not msg["is_observed"] and msg["name"] not in self.drawn:
-            raise ValueError(
-                f"the guide has no sample site {msg['name']!r}, a latent of the model; "
-                "add it to the guide or observe it"
-            )
+            raise ValueError(missing_latent(msg))
         check_site(msg)
 
 

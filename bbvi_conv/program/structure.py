@@ -147,6 +147,17 @@ def check_finite(values: Iterable[tuple[str, Any]]) -> None:
                 raise ValueError(f"{name} holds {value[index].item()} at index {index}; remove or mask such rows")
 
 
+def missing_latent(site: Any) -> str:
+    """What to say of a latent site that the guide does not draw."""
+    name = site["name"]
+    if site["infer"].get("enumerate"):
+        return (
+            f"latent site {name!r} is marked for enumeration and left out of the guide, which is not supported: draw "
+            "it in the guide, where it gets the score function, or sum it out in the model by a mixture distribution"
+        )
+    return f"the guide has no sample site {name!r}, a latent of the model; add it to the guide or observe it"
+
+
 def check_guide(guide_trace: Trace, model_trace: Trace) -> None:
     """Refuse a guide that misses a latent site, has an extra one, or draws values of another shape.
 
@@ -157,9 +168,7 @@ def check_guide(guide_trace: Trace, model_trace: Trace) -> None:
     drawn = {s["name"]: s for s in random_sites(guide_trace) if not s["is_observed"]}
     for name in latents:
         if name not in drawn:
-            raise ValueError(
-                f"the guide has no sample site {name!r}, a latent of the model; add it to the guide or observe it"
-            )
+            raise ValueError(missing_latent(latents[name]))
     for name, site in drawn.items():
         if name not in latents and not site["infer"].get("is_auxiliary"):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +24,7 @@ from bbvi_conv.monitor import (
     to_rows,
     update,
 )
+from bbvi_conv.monitor.state import LATEST, signal_to_noise
 
 STRATA = Strata(20, 0.2)
 
@@ -77,7 +79,33 @@ def test_rows_hold_the_figures_under_their_names() -> None:
     assert row["running_mean_theta_high"] == figures.gradient_norm_sq["theta"].high
     assert row["trace_sigma_total"] == pytest.approx(row["trace_sigma_theta"] + row["trace_sigma_phi"], rel=1e-12)
     assert row["bound_error"] is None
+    assert row["snr_phi"] == math.sqrt(max(row["gradient_norm_sq_phi"], 0.0) / row["trace_sigma_phi"])
+    assert row["training_trace_sigma_total"] == pytest.approx(row["trace_sigma_total"], rel=1e-12)
     assert len(columns()) == len(set(columns()))
+
+
+def test_signal_to_noise_is_that_of_the_estimator_that_trains() -> None:
+    """U by a quiet estimator, the noise by another: the ratio is the root of their quotient."""
+    generator, inside, wide = torch.Generator().manual_seed(5), 0, []
+    for _ in range(200):
+        state = MonitorState()
+        for index in range(LATEST + 2):
+            mean = 0.3 if index > 1 else 50.0  # the first two looks are no longer among the latest
+            grams = {"phi": gram_matrix(mean + torch.randn(32, 4, generator=generator, dtype=torch.float64))}
+            noise = {"phi": 36.0}
+            entry = look(STRATA.bounds(index)[0], index, STRATA.bounds(index), grams, noise=noise)
+            state = update(state, entry)
+        found = signal_to_noise(state, "phi")
+        inside += found.low <= math.sqrt(4 * 0.09 / 36.0) <= found.high
+        wide.append(found.high - found.low)
+    assert inside / 200 > 0.95 - 4.5 * math.sqrt(0.95 * 0.05 / 200)
+    assert sorted(wide)[100] < 0.12  # power: about the ratio itself
+    assert state.looks[-1].signal_to_noise("total") == state.looks[-1].signal_to_noise("phi")
+    assert "no theta parameters" in signal_to_noise(state, "theta").reason
+    assert "no look" in signal_to_noise(MonitorState(), "phi").reason
+    still = update(MonitorState(), look(0, 0, STRATA.bounds(0), {"phi": torch.ones(4, 4)}))
+    assert "no noise" in signal_to_noise(still, "phi").reason
+    assert still.looks[0].signal_to_noise("phi") is None
 
 
 def test_the_figures_of_the_groups_add_and_an_absent_group_has_a_reason() -> None:

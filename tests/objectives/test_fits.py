@@ -92,7 +92,20 @@ def test_every_objective_reaches_the_evidence_and_says_how_far_it_is(name: str) 
     signal = numbers["gradient_norm_sq"]
     assert signal["theta"]["value"] is not None
     assert signal["phi"]["value"] is not None
-    json.dumps(found.verdict.to_json())
+    told = json.loads(json.dumps(found.verdict.to_json()))["signal_to_noise"]
+    for group in ("theta", "phi"):
+        assert told[group]["low"] <= told[group]["value"] <= told[group]["high"]
+
+
+def test_the_monitor_tells_the_noise_of_the_estimator_that_trains() -> None:
+    """A look uses the quietest estimator for U; the signal-to-noise ratio is about the one the steps are made with."""
+    traces = {}
+    for objective in (IWAE(16), IWAE(16, DOUBLY)):
+        looks = walk(objective, "traced", 60).monitor.looks
+        traces[objective.estimator] = torch.tensor([[e.noise["phi"], e.phi.trace_sigma] for e in looks if e.phi])
+    assert torch.equal(*traces[DOUBLY].T)
+    training, quiet = traces["pathwise"].T
+    assert training.mean() > 2 * quiet.mean()
 
 
 def walk(objective: Objective | GrowingParticles, engine: str, steps: int, stop: int | None = None) -> FitState:
@@ -149,7 +162,7 @@ def test_the_plan_and_the_signal_decide_alike_wherever_they_are_asked() -> None:
     assert not plan.settled(20, ())
     assert plan.settled(21, ())
     looks = walk(IWAE(2), "eager", 40).monitor.looks
-    signals = [math.sqrt(max(e.phi.value, 0.0) / e.phi.trace_sigma) for e in looks if e.phi is not None]
+    signals = [math.sqrt(max(e.phi.value, 0.0) / e.noise["phi"]) for e in looks if e.phi is not None]
     level = sorted(signals)[len(signals) // 2]
     driven = GrowingParticles(IWAE(2), stop=64, every=7, snr=level)
     counts = [driven.at(step, looks).draws for step in range(41)]
