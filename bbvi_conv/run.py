@@ -26,7 +26,7 @@ from bbvi_conv.program.program import Program
 from bbvi_conv.verdict import is_done
 
 SPARSE = Strata(min_length=100, growth=0.25)
-"""Strata of programs whose evaluations are wider than ``WIDE``."""
+"""Strata of programs whose evaluations are wider than ``WIDE``, or run one by one."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Settings:
         average: ``"tail"`` returns the mean iterate of the last window, ``"last"`` the last iterate.
         window: steps in the first window; later ones double.
         num_gradients: J, independent gradients at a look.
-        strata: steps between looks; None: the default, or sparser for large programs, where a look costs J steps.
+        strata: steps between looks; None: the default, or sparser where a look costs as much as J steps.
         khat_draws: draws for k-hat.
         update_modules: leave ``nn.Module`` parameters at the fitted values.
     """
@@ -171,7 +171,8 @@ class Run:
             program.analytic = closed_form_sites(program)
         self._stages: dict[Objective, _Stage] = {}
         self._enter(self.schedule.at(0, ()))
-        self.strata = settings.strata or (SPARSE if width(self.engine.calculus) > WIDE else Strata())
+        dear = width(self.engine.calculus) > WIDE or not self.engine.calculus.vectorise
+        self.strata = settings.strata or (SPARSE if dear else Strata())
         self.compile_seconds = clock() - start
 
     def _enter(self, objective: Objective) -> None:

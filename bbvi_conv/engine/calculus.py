@@ -109,24 +109,22 @@ class Calculus:
             grad = _grad(loss, x)
         return grad, loss.detach()
 
-    def _hessian_product(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor, v: Tensor) -> Tensor:
+    def _hessian_products(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor, vectors: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            grad = _grad(self.loss(x, noise, batch, n), x, create_graph=True)
-            return _grad(grad @ v, x) if grad.requires_grad else torch.zeros_like(x)
+            return _products(self.loss(x, noise, batch, n), x, vectors)
 
-    def _fisher_product(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor, v: Tensor) -> Tensor:
+    def _fisher_products(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor, vectors: Tensor) -> Tensor:
         """Minus the Hessian of log q in the density's parameters at the fixed draw: in mean, the Fisher information."""
         theta, phi = self.program.split(x.detach())
         with torch.enable_grad():
             y = x.detach().requires_grad_()
             terms = self.particles(theta, phi, self.program.split(y)[1], noise, batch)
             log_q = self.program.unit_scale * terms.log_q.sum(-1).mean() / self.normaliser
-            grad = _grad(-log_q, y, create_graph=True)
-            return _grad(grad @ v, y) if grad.requires_grad else torch.zeros_like(y)
+            return _products(-log_q, y, vectors)
 
     def call(self, name: str, x: Tensor, noise: Noise, batch: Batch, *more: Tensor) -> Any:
-        """Run ``_gradient``, ``_hessian_product``, ... as a graph where traced."""
+        """Run ``_gradient``, ``_hessian_products``, ... as a graph where traced."""
         return self.function(name, x, noise, batch, *more)(*_flatten(x, noise, batch, *more))
 
     def function(self, name: str, x: Tensor, noise: Noise, batch: Batch, *more: Tensor) -> Callable[..., Any]:
@@ -188,13 +186,18 @@ class Calculus:
             losses: Tensor = self._map("loss", x, feed, step)
         return losses
 
-    def hessian_product(self, x: Tensor, v: Tensor, feed: Feed, *, step: float = math.inf) -> Tensor:
-        """Mean Hessian of the loss over the feed, times ``v``."""
-        return self._map("_hessian_product", x, feed, step, v).mean(0)  # type: ignore[no-any-return]
+    def hessian_products(self, x: Tensor, vectors: Tensor, feed: Feed) -> Tensor:
+        """Mean Hessian of the loss over the feed, times each row of ``vectors`` ``(R, P)``."""
+        return self._mean_products("_hessian_products", x, vectors, feed)
 
-    def fisher_product(self, x: Tensor, v: Tensor, feed: Feed) -> Tensor:
-        """Mean Fisher information of q over the feed (per ``normaliser``), times ``v``; needs a split objective."""
-        return self._map("_fisher_product", x, feed, math.inf, v).mean(0)  # type: ignore[no-any-return]
+    def fisher_products(self, x: Tensor, vectors: Tensor, feed: Feed) -> Tensor:
+        """Mean Fisher information of q (per ``normaliser``), times each row of ``vectors``; needs a split objective."""
+        return self._mean_products("_fisher_products", x, vectors, feed)
+
+    def _mean_products(self, name: str, x: Tensor, vectors: Tensor, feed: Feed) -> Tensor:
+        """A graph takes one vector at a time, over all draws at once; handlers run once per draw, for all vectors."""
+        pieces = torch.split(vectors, 1) if self.traced else (vectors,)
+        return torch.cat([self._map(name, x, feed, math.inf, piece).mean(0) for piece in pieces])
 
     def on(self, program: Program) -> Calculus:
         """The same functions on other data: ``program.with_data(...)``."""
@@ -208,6 +211,15 @@ def _grad(y: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor:
         return torch.zeros_like(x)
     (grad,) = torch.autograd.grad(y, x, create_graph=create_graph, allow_unused=True)
     return torch.zeros_like(x) if grad is None else grad
+
+
+def _products(y: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
+    """Hessian of y in x, times each row of ``vectors``."""
+    grad = _grad(y, x, create_graph=True)
+    if not grad.requires_grad:
+        return torch.zeros_like(vectors)
+    rows = [torch.autograd.grad(grad @ v, x, retain_graph=True, allow_unused=True)[0] for v in vectors]
+    return torch.stack([torch.zeros_like(x) if row is None else row for row in rows])
 
 
 def _flatten(x: Tensor, noise: Noise, batch: Batch, *more: Tensor) -> list[Tensor]:

@@ -235,12 +235,12 @@ class Judge:
         return fit_control(self.cheap.gradients(x, feed)[0], feed.noise)
 
     def _matrix(
-        self, calculus: Calculus, product: Callable[[Tensor, Feed], Tensor], x: Tensor, active: Tensor, keys: _Keys
+        self, calculus: Calculus, products: Callable[..., Tensor], x: Tensor, active: Tensor, keys: _Keys
     ) -> Tensor | _Product:
         """A mean curvature matrix on the active coordinates, or its products where forming it would cost too much."""
         spent = self._effort(calculus, len(active))
         feed = self._feed(calculus, "evaluate", keys.next(), spent.matrix)
-        known = _Product(lambda v: product(v, feed), x, active)
+        known = _Product(lambda vectors: products(x, vectors, feed), x, active)
         return known.dense() if spent.dense else known
 
     def _hessian(self, x: Tensor, active: Tensor, keys: _Keys) -> Tensor | _Product | str:
@@ -255,7 +255,7 @@ class Judge:
         if not self.calculus.objective.conservative:
             return "theta and phi follow different bounds: their gradients are not those of one function"
         try:
-            return self._matrix(self.plain, lambda v, feed: self.plain.hessian_product(x, v, feed), x, active, keys)
+            return self._matrix(self.plain, self.plain.hessian_products, x, active, keys)
         except (Untraceable, NotImplementedError, RuntimeError) as error:
             return f"the loss has no second derivative here ({error})"
 
@@ -266,7 +266,7 @@ class Judge:
         if len(active) == 0:
             return "there are no variational parameters"
         try:
-            return self._matrix(self.cheap, lambda v, feed: self.cheap.fisher_product(x, v, feed), x, active, keys)
+            return self._matrix(self.cheap, self.cheap.fisher_products, x, active, keys)
         except (Untraceable, NotImplementedError, RuntimeError) as error:
             return f"log q has no second derivative here ({error})"
 
@@ -286,15 +286,17 @@ class _Product:
         self._product, self._x, self._active = product, x, active
 
     def __call__(self, v: Tensor) -> Tensor:
-        whole = torch.zeros_like(self._x)
-        whole[self._active] = v
-        return self._product(whole)[self._active]
+        return self._rows(v.unsqueeze(0)).squeeze(0)
 
     def dense(self) -> Tensor:
         """All columns, made symmetric."""
-        unit = torch.eye(len(self._active), dtype=self._x.dtype, device=self._x.device)
-        matrix = torch.stack([self(row) for row in unit])
+        matrix = self._rows(torch.eye(len(self._active), dtype=self._x.dtype, device=self._x.device))
         return 0.5 * (matrix + matrix.T)
+
+    def _rows(self, vectors: Tensor) -> Tensor:
+        whole = self._x.new_zeros(len(vectors), len(self._x))
+        whole[:, self._active] = vectors
+        return self._product(whole)[:, self._active]
 
 
 class _Keys:
