@@ -5,10 +5,10 @@ READY := .venv/.ready
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint benchmark-deps clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 # torch goes first and alone, so that the build the constraints and your pip settings choose is the one everything else finds.
 $(READY): pyproject.toml constraints.txt
@@ -35,6 +35,11 @@ lint: $(READY) ## style and types only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# pythae asks for more than its models need: what they import is named here, so that no other torch is pulled in.
+benchmark-deps: $(READY) ## install the peers that benchmarks/ measures against
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cloudpickle imageio scikit-learn
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps pythae==0.1.2
 
 clean: ## remove .venv, caches and build outputs (never runs/)
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
