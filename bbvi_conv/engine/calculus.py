@@ -17,12 +17,10 @@ from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.terms import Terms
-from bbvi_conv.program.trace import TracedLogWeights, Untraceable, over_draws, to_graph
+from bbvi_conv.program.trace import LogWeights, TracedLogWeights, Untraceable, over_draws, to_graph
 
 CHUNK = 20_000_000
 """Numbers a vectorised evaluation may hold per parameter-sized array."""
-
-LogWeights = Callable[..., Terms]
 
 
 class _Draws:
@@ -122,10 +120,6 @@ class Calculus:
             terms = self.particles(theta, phi, self.program.split(y)[1], noise, batch)
             log_q = self.program.unit_scale * terms.log_q.sum(-1).mean() / self.normaliser
             return _products(-log_q, y, vectors)
-
-    def call(self, name: str, x: Tensor, noise: Noise, batch: Batch, *more: Tensor) -> Any:
-        """Run ``_gradient``, ``_hessian_products``, ... as a graph where traced."""
-        return self.function(name, x, noise, batch, *more)(*_flatten(x, noise, batch, *more))
 
     def function(self, name: str, x: Tensor, noise: Noise, batch: Batch, *more: Tensor) -> Callable[..., Any]:
         """The named method over flat tensors; traced from the given shapes at the first call."""
