@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.streams import Stream
 from bbvi_conv.optim import Average, Optimiser, empty_average, include
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.trace import Untraceable, over_draws, to_graph
 
 
 class Carry(NamedTuple):
     """State between steps: iterate ``x`` ``(P,)``, optimiser ``state``, window ``average``, ``step``, first ``bad``.
 
     ``bad`` is -1 while everything is finite; from the first non-finite loss or gradient on, the carry is frozen.
+    With S seeds at once every tensor has S in front, and a seed is frozen by itself.
     """
 
     x: Tensor
@@ -38,6 +40,19 @@ class Carry(NamedTuple):
         x, *state, mean, count, step, bad = flat
         return Carry(x, tuple(state), Average(mean, count), step, bad)
 
+    @staticmethod
+    def stack(carries: Sequence[Carry]) -> Carry:
+        """The carries of S seeds side by side; of a single one, itself."""
+        if len(carries) == 1:
+            return carries[0]
+        return Carry.unflatten([torch.stack(parts) for parts in zip(*(c.flat() for c in carries), strict=True)])
+
+    def unstack(self) -> list[Carry]:
+        """The inverse of :meth:`stack`."""
+        if self.step.dim() == 0:
+            return [self]
+        return [Carry.unflatten(list(parts)) for parts in zip(*(part.unbind() for part in self.flat()), strict=True)]
+
 
 def start_carry(optimiser: Optimiser, x: Tensor) -> Carry:
     """The carry before the first step."""
@@ -46,14 +61,20 @@ def start_carry(optimiser: Optimiser, x: Tensor) -> Carry:
 
 
 class Engine(Protocol):
-    """Runs steps; ``name`` and ``reason`` say which engine and why."""
+    """Runs steps; ``name`` and ``reason`` say which engine and why.
+
+    An engine of ``num_seeds`` S > 1 takes and gives carries of S seeds, and a stream of as many.
+    """
 
     name: str
     reason: str
     calculus: Calculus
+    num_seeds: int
 
     def advance(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
-        """Run the steps ``start .. start + count - 1``; returns the carry and the losses ``(count,)``."""
+        """Run the steps ``start .. start + count - 1``; returns the carry and the losses ``(count,)``, or with S seeds
+        ``(count, S)``.
+        """
         ...
 
 
@@ -75,32 +96,53 @@ class EagerEngine:
 
     name = "eager"
 
-    def __init__(self, calculus: Calculus, optimiser: Optimiser, reason: str) -> None:
-        self.calculus, self.optimiser, self.reason = calculus, optimiser, reason
+    def __init__(self, calculus: Calculus, optimiser: Optimiser, reason: str, *, num_seeds: int = 1) -> None:
+        self.calculus, self.optimiser, self.reason, self.num_seeds = calculus, optimiser, reason, num_seeds
+        changing = [obstacle for obstacle in calculus.program.obstacles if obstacle.startswith("buffer")]
+        if num_seeds > 1 and changing:
+            raise ValueError(
+                f"{changing[0]}, and {num_seeds} seeds at once would share it: put its module in eval mode, or fit the "
+                "seeds one by one"
+            )
 
     def advance(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
-        """Run steps one after the other."""
+        """Run steps one after the other, and seed by seed."""
 
         def one(carry: Carry, noise: Noise, batch: Batch) -> tuple[Carry, Tensor]:
             return step(self.calculus, self.optimiser, carry, noise, batch)
 
-        return _loop(one, self.calculus, carry, stream, start, count)
+        def all_seeds(carry: Carry, noise: Noise, batch: Batch) -> tuple[Carry, Tensor]:
+            carries, losses = [], []
+            for s, own in enumerate(carry.unstack()):
+                rows = None if batch.indices is None else batch.indices[s]
+                moved, loss = one(own, noise.at(s), Batch(tuple(a[s] for a in batch.args), rows))
+                carries.append(moved)
+                losses.append(loss)
+            return Carry.stack(carries), torch.stack(losses)
+
+        return _loop(one if self.num_seeds == 1 else all_seeds, self.calculus, carry, stream, start, count)
 
 
 class TracedEngine:
-    """Runs one graph of plain operations per step: gradient, optimiser and average included."""
+    """Runs one graph of plain operations per step: gradient, optimiser and average included, and all seeds at once.
+
+    The graph maps flat tensors to flat tensors: carry, noise, batch to carry, loss; with S seeds S is in front of each.
+    """
 
     name = "traced"
 
-    def __init__(self, calculus: Calculus, optimiser: Optimiser, reason: str) -> None:
-        self.calculus, self.optimiser, self.reason = calculus, optimiser, reason
+    def __init__(self, calculus: Calculus, optimiser: Optimiser, reason: str, *, num_seeds: int = 1) -> None:
+        self.calculus, self.optimiser, self.reason, self.num_seeds = calculus, optimiser, reason, num_seeds
         program = calculus.program
         example = start_carry(optimiser, program.initial())
         noise, batch = program.example()
         draws = Noise(*(part.expand(calculus.objective.draws, -1).clone() for part in noise))
         self._size, self._parts = len(example.flat()), len(batch.args)
         rows = [] if batch.indices is None else [batch.indices]
-        self._graph = to_graph(self._flat, *example.flat(), *draws, *batch.args, *rows, functional=False)
+        inputs = [*example.flat(), *draws, *batch.args, *rows]
+        self._graph = to_graph(self._flat, *inputs, functional=False)
+        if num_seeds > 1:
+            self._graph = _of_seeds(self._graph, [torch.stack([part] * num_seeds) for part in inputs])
 
     def _flat(self, *flat: Tensor) -> tuple[Tensor, ...]:
         carry, rest = Carry.unflatten(list(flat[: self._size])), flat[self._size :]
@@ -121,6 +163,15 @@ class TracedEngine:
             return _loop(one, self.calculus, carry, stream, start, count)
 
 
+def _of_seeds(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
+    """The graph of all seeds, S in front of every tensor: by ``vmap``, or where that fails as S copies of the one."""
+    mapped = [True] * len(inputs)
+    try:
+        return to_graph(over_draws(graph, mapped, vectorise=True), *inputs, functional=False)
+    except Untraceable:
+        return to_graph(over_draws(graph, mapped, vectorise=False), *inputs, functional=False)
+
+
 def _loop(
     one: Callable[[Carry, Noise, Batch], tuple[Carry, Tensor]],
     calculus: Calculus,
@@ -134,4 +185,4 @@ def _loop(
         for t in range(len(feed.noise.normal)):
             carry, loss = one(carry, feed.noise.at(t), feed.batch(calculus.program, t))
             losses.append(loss)
-    return carry, torch.stack(losses) if losses else carry.x.new_zeros(0)
+    return carry, torch.stack(losses) if losses else carry.x.new_zeros(0, *carry.step.shape)

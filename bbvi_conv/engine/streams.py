@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,10 @@ from bbvi_conv.program.program import Program
 
 
 class Feed(NamedTuple):
-    """What T evaluations see: ``noise`` ``(T, M, ...)``; and ``rows`` ``(T, B)``, or batched ``args``, or neither."""
+    """What T evaluations see: ``noise`` ``(T, M, ...)``; and ``rows`` ``(T, B)``, or batched ``args``, or neither.
+
+    With S seeds at once every part has S after T: ``noise`` ``(T, S, M, ...)``, ``rows`` ``(T, S, B)``.
+    """
 
     noise: Noise
     rows: Tensor | None = None
@@ -33,18 +36,30 @@ class Feed(NamedTuple):
 
 
 class Stream:
-    """Noise of one purpose (``"optimise"``, ``"monitor"``, ``"evaluate"``, ``"predict"``), keyed by seed and name."""
+    """Noise of one purpose (``"optimise"``, ``"monitor"``, ``"evaluate"``, ``"predict"``), keyed by seed and name.
 
-    def __init__(self, program: Program, seed: int, name: str, draws: int) -> None:
+    With ``num_seeds`` S > 1, :meth:`steps` gives what the streams of the seeds ``seed .. seed + S - 1`` give, side by
+    side: what seed s sees does not depend on the others.
+    """
+
+    def __init__(self, program: Program, seed: int, name: str, draws: int, *, num_seeds: int = 1) -> None:
         self.program, self.seed, self.name, self.draws = program, seed, name, draws
+        self.num_seeds = num_seeds
         self._held: tuple[int, Noise] | None = None
+        self._single = [Stream(program, seed + s, name, draws) for s in range(num_seeds)] if num_seeds > 1 else []
 
     def _block(self, block: int) -> Noise:
         if self._held is None or self._held[0] != block:
-            gen = generator(self.seed, self.name, block, self.program.device)
-            noise = self.program.layout.draw(gen, BLOCK, self.draws, dtype=self.program.dtype)
-            self._held = (block, noise)
+            self._held = (block, self._draw(block))
         return self._held[1]
+
+    def _draw(self, block: int) -> Noise:
+        if self._single:
+            return Noise(
+                *(torch.stack(parts, 1) for parts in zip(*(s._draw(block) for s in self._single), strict=True))
+            )
+        gen = generator(self.seed, self.name, block, self.program.device)
+        return self.program.layout.draw(gen, BLOCK, self.draws, dtype=self.program.dtype)
 
     def steps(self, start: int, count: int) -> Iterator[Feed]:
         """Feeds that cover the steps ``start .. start + count - 1``, one per block touched."""
@@ -60,10 +75,14 @@ class Stream:
         minibatch, total = self.program.minibatch, self.program.total
         if minibatch is None:
             return None
-        return minibatch.indices(self.seed, start, size, total, BLOCK)
+        rows = [minibatch.indices(self.seed + s, start, size, total, BLOCK) for s in range(self.num_seeds)]
+        return torch.stack(rows, 1) if self.num_seeds > 1 else rows[0]
 
     def once(self, key: int, count: int) -> Feed:
-        """``count`` independent evaluations under one key: fresh noise, fresh rows drawn i.i.d. from the whole data."""
+        """``count`` independent evaluations under one key: fresh noise, fresh rows drawn i.i.d. from the whole data.
+
+        For one seed at a time; :func:`feed_of_all` puts several together.
+        """
         gen = generator(self.seed, self.name, key, self.program.device)
         noise = self.program.layout.draw(gen, count, self.draws, dtype=self.program.dtype)
         minibatch = self.program.minibatch
@@ -71,3 +90,10 @@ class Stream:
             return Feed(noise)
         rows_gen = generator(self.seed, f"{self.name} rows", key)
         return Feed(noise, torch.randint(self.program.total, (count, minibatch.size), generator=rows_gen))
+
+
+def feed_of_all(feeds: Sequence[Feed]) -> Feed:
+    """The evaluations of several feeds of one program, one feed after the other."""
+    noise = Noise(*(torch.cat(parts) for parts in zip(*(feed.noise for feed in feeds), strict=True)))
+    rows = [feed.rows for feed in feeds if feed.rows is not None]
+    return Feed(noise, torch.cat(rows) if rows else None)
