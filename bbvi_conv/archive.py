@@ -153,6 +153,8 @@ class Archive:
                 f"{self.directory.path / 'config.json'} lacks settings or source: it is no run of ours"
             ) from None
         settings = {name: given[name] if name in given else decode(value, name=name) for name, value in stored.items()}
+        if settings["engine"] == "auto" and "engine" not in given:  # the same bits need the same engine
+            settings["engine"] = config["engine"]["name"]
         chosen = Settings(**settings)
         found_args: tuple[Any, ...] = (args,) if isinstance(args, Tensor) else tuple(args or ())
         found = None if source is None else ModelSource(source["path"], source["name"])

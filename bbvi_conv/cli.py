@@ -47,7 +47,7 @@ def fit(
     steps: Annotated[int | None, typer.Option(help="optimiser steps at most")] = None,
     tol: Annotated[float | None, typer.Option(help="tolerance on the remaining gap, in nats")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of all noise, and of networks made by the file")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, eager or traced")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, eager, traced or compiled")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or float64")] = None,
     minibatch: Annotated[int | None, typer.Option(help="rows a step sees")] = None,

@@ -41,7 +41,7 @@ class Settings:
         max_steps: steps at most.
         tol: tolerance on the remaining gap, in total nats.
         seed: seed of every stream of noise.
-        engine: ``"auto"``, ``"eager"`` or ``"traced"``.
+        engine: ``"auto"``, ``"eager"``, ``"traced"`` or ``"compiled"``.
         device: where it runs.
         dtype: float type, or None for the default by size.
         normalise: ``"datum"`` divides the loss by N when a plate is subsampled, ``"total"`` never does.
@@ -175,11 +175,18 @@ class Run:
         self.strata = settings.strata or (SPARSE if dear else Strata())
         self.compile_seconds = clock() - start
 
-    def _enter(self, objective: Objective) -> None:
+    def _enter(self, objective: Objective, step: int = 0) -> None:
         """Make ``objective`` the one in force: engine, judge and noise of its own, kept for when it comes back."""
         if objective not in self._stages:
             settings = self.settings
-            engine = make_engine(settings.engine, self.program, objective, settings.rule(), normaliser=self.normaliser)
+            engine = make_engine(
+                settings.engine,
+                self.program,
+                objective,
+                settings.rule(),
+                normaliser=self.normaliser,
+                steps=min(self.schedule.next_change(step) or settings.max_steps, settings.max_steps) - step,
+            )
             judge = Judge(
                 engine.calculus,
                 settings.seed,
@@ -207,7 +214,7 @@ class Run:
             step = state.step
             index = len(state.monitor.looks)
             look_at = self.strata.random_step(self.settings.seed, index)
-            self._enter(self.schedule.at(step, state.monitor.looks))
+            self._enter(self.schedule.at(step, state.monitor.looks), step)
             if step == look_at and step < max_steps:
                 state = self._look(state, index)
                 on_event(state, True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,15 @@ from torch import Tensor
 from bbvi_conv.program import Batch, Noise, Program
 
 MODELS = Path(__file__).parents[1] / "models"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled code of the tests goes to a folder of theirs, and ``engine="auto"`` runs traced, with no compiling."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BBVI_CONV_CACHE", str(tmp_path_factory.mktemp("cache") / "own"))
+        patch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS", float("inf"))
+        yield
 
 
 @cache

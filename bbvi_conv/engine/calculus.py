@@ -16,6 +16,7 @@ from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
+from bbvi_conv.program.simplify import simplify
 from bbvi_conv.program.terms import Terms
 from bbvi_conv.program.trace import LogWeights, TracedLogWeights, Untraceable, over_draws, to_graph
 
@@ -133,7 +134,7 @@ class Calculus:
                 return method(x, Noise(normal, uniform), Batch(args, indices), *rest)
 
             if self.traced:
-                self._graphs[name] = to_graph(flat, *_flatten(x, noise, batch, *more), functional=False)
+                self._graphs[name] = simplify(to_graph(flat, *_flatten(x, noise, batch, *more), functional=False))
             else:
                 self._graphs[name] = flat
         return self._graphs[name]

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 from bbvi_conv.engine.calculus import Calculus
+from bbvi_conv.engine.compiled import CompiledEngine
 from bbvi_conv.engine.engine import EagerEngine, Engine, TracedEngine
+from bbvi_conv.engine.native import CannotCompile, NoCompiler
 from bbvi_conv.objectives.objective import Objective
 from bbvi_conv.optim import Optimiser
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.trace import TracedLogWeights, Untraceable
 
-ENGINES = ("auto", "eager", "traced")
+ENGINES = ("auto", "eager", "traced", "compiled")
+
+COMPILE_SECONDS = 5.0
+COMPILE_SECONDS_PER_NODE = 0.015
+STEP_SECONDS_PER_NODE = 2.5e-6
+"""What compiling costs, and what a traced step costs, by the operations of a step: to weigh one against the other."""
+
+MOST_NODES = 6_000
+"""Operations of a step up to which ``"auto"`` compiles: a loop in a model that is traced round by round has more."""
 
 
 def make_engine(
@@ -20,12 +33,16 @@ def make_engine(
     *,
     normaliser: float = 1.0,
     num_seeds: int = 1,
+    steps: float = math.inf,
 ) -> Engine:
-    """The engine of that name, for one seed or several at once; ``"auto"`` traces where the program allows it.
+    """The engine of that name, for one seed or several at once.
+
+    ``"auto"`` traces where the program allows it, and compiles where the remaining ``steps`` repay it or an earlier
+    process has done so; where compiling fails it warns once and runs the traced steps.
 
     Raises:
-        ValueError: unknown name, ``"traced"`` for a program that cannot be traced (with the reason), or several seeds
-            of a program whose buffers change.
+        ValueError: unknown name; ``"traced"`` or ``"compiled"`` for a program that cannot be (with the reason); several
+            seeds of a program whose buffers change.
     """
     if name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; choose one of {', '.join(ENGINES)}")
@@ -33,11 +50,42 @@ def make_engine(
     if name != "eager":
         try:
             calculus = Calculus(program, objective, TracedLogWeights(program), normaliser)
-            why = "the program traces" if name == "auto" else reason
-            return TracedEngine(calculus, optimiser, why, num_seeds=num_seeds)
+            traced = TracedEngine(calculus, optimiser, reason, num_seeds=num_seeds)
+            return traced if name == "traced" else _compiled(name, traced, steps)
         except Untraceable as error:
-            if name == "traced":
+            if name != "auto":
                 raise ValueError(f'the program cannot be traced: {error}; use engine="eager" or "auto"') from error
             reason = f"cannot be traced: {error}"
     calculus = Calculus(program, objective, program.log_weights, normaliser)
     return EagerEngine(calculus, optimiser, reason, num_seeds=num_seeds)
+
+
+def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
+    """The compiled engine, or for ``"auto"`` the traced one with the reason."""
+    nodes = len(traced.graph.graph.nodes)
+    if traced.calculus.program.device.type != "cpu":
+        why = "compiled loops run on the CPU"
+        if name == "compiled":
+            raise ValueError(f'{why}; use engine="traced" or "auto" on {traced.calculus.program.device}')
+        traced.reason = f"the program traces, and {why}"
+        return traced
+    if name == "auto" and nodes > MOST_NODES:
+        traced.reason = f"a step has {nodes:,} operations, too many to compile: write loops with bc.scan"
+        return traced
+    try:
+        engine = CompiledEngine(traced, "asked for")
+        found = engine.cached
+        cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * nodes
+        if name == "auto" and not found and steps * STEP_SECONDS_PER_NODE * nodes < cost:
+            traced.reason = f"the program traces, and {steps:,.0f} steps do not repay about {cost:.0f} s of compiling"
+            return traced
+        made = engine.prepare()
+    except (CannotCompile, NoCompiler) as error:
+        if name == "compiled":
+            raise ValueError(f'the program cannot be compiled: {error}; use engine="traced" or "auto"') from error
+        warnings.warn(f"steps run uncompiled, a hundred times slower: {error}", stacklevel=3)
+        traced.reason = f"the program traces, but cannot be compiled: {error}"
+        return traced
+    if name == "auto":
+        engine.reason = "compiled for this run" if made else "compiled by an earlier run"
+    return engine

@@ -14,6 +14,7 @@ from bbvi_conv.engine.streams import Stream
 from bbvi_conv.optim import Average, Optimiser, empty_average, include
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
+from bbvi_conv.program.simplify import simplify
 from bbvi_conv.program.trace import Untraceable, over_draws, to_graph
 
 
@@ -126,7 +127,10 @@ class EagerEngine:
 class TracedEngine:
     """Runs one graph of plain operations per step: gradient, optimiser and average included, and all seeds at once.
 
-    The graph maps flat tensors to flat tensors: carry, noise, batch to carry, loss; with S seeds S is in front of each.
+    Attributes:
+        graph: flat tensors to flat tensors: carry, noise, batch to carry, loss; with S seeds S is in front of each.
+        example: inputs of the graph.
+        carried: how many of them are the carry.
     """
 
     name = "traced"
@@ -134,18 +138,20 @@ class TracedEngine:
     def __init__(self, calculus: Calculus, optimiser: Optimiser, reason: str, *, num_seeds: int = 1) -> None:
         self.calculus, self.optimiser, self.reason, self.num_seeds = calculus, optimiser, reason, num_seeds
         program = calculus.program
-        example = start_carry(optimiser, program.initial())
+        start = start_carry(optimiser, program.initial())
         noise, batch = program.example()
         draws = Noise(*(part.expand(calculus.objective.draws, -1).clone() for part in noise))
-        self._size, self._parts = len(example.flat()), len(batch.args)
+        self.carried, self._parts = len(start.flat()), len(batch.args)
         rows = [] if batch.indices is None else [batch.indices]
-        inputs = [*example.flat(), *draws, *batch.args, *rows]
-        self._graph = to_graph(self._flat, *inputs, functional=False)
+        self.example = [*start.flat(), *draws, *batch.args, *rows]
+        self.graph = to_graph(self._flat, *self.example, functional=False)
         if num_seeds > 1:
-            self._graph = _of_seeds(self._graph, [torch.stack([part] * num_seeds) for part in inputs])
+            self.example = [torch.stack([part] * num_seeds) for part in self.example]
+            self.graph = _of_seeds(self.graph, self.example)
+        simplify(self.graph)
 
     def _flat(self, *flat: Tensor) -> tuple[Tensor, ...]:
-        carry, rest = Carry.unflatten(list(flat[: self._size])), flat[self._size :]
+        carry, rest = Carry.unflatten(list(flat[: self.carried])), flat[self.carried :]
         args, rows = rest[2 : 2 + self._parts], rest[2 + self._parts :]
         batch = Batch(tuple(args), rows[0] if rows else None)
         carry, loss = step(self.calculus, self.optimiser, carry, Noise(rest[0], rest[1]), batch)
@@ -156,7 +162,7 @@ class TracedEngine:
 
         def one(carry: Carry, noise: Noise, batch: Batch) -> tuple[Carry, Tensor]:
             rows = [] if batch.indices is None else [batch.indices]
-            *flat, loss = self._graph(*carry.flat(), *noise, *batch.args, *rows)
+            *flat, loss = self.graph(*carry.flat(), *noise, *batch.args, *rows)
             return Carry.unflatten(flat), loss
 
         with torch.no_grad():

@@ -1,0 +1,137 @@
+"""Compile a plan to a shared library, once for all processes."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+
+from bbvi_conv.engine.native import cache, codec
+from bbvi_conv.engine.native.plan import Plan
+from bbvi_conv.engine.native.source import text
+
+FORMAT = "1"
+"""Changes with the layout of a cache entry or with the generated code."""
+
+_LIBRARY, _PLAN = "step.so", "plan.json"
+
+
+class NoCompiler(RuntimeError):
+    """There is no C++ compiler, or it failed; the reason is the message."""
+
+
+def compiler() -> str:
+    """Path of the C++ compiler: ``$CXX``, else g++, else clang++.
+
+    Raises:
+        NoCompiler: if there is none.
+    """
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise NoCompiler("there is no C++ compiler (g++ or clang++ on PATH, or CXX)")
+
+
+def _flags() -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    known = capability in ("AVX512", "AVX2")
+    root = Path(torch.__file__).parent
+    return [
+        *("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w", "-DNDEBUG"),
+        *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=off"),
+        f"-DCPU_CAPABILITY={capability if known else 'DEFAULT'}",
+        *([f"-DCPU_CAPABILITY_{capability}"] if known else []),
+        *("-I", str(root / "include"), "-I", str(root / "include" / "torch" / "csrc" / "api" / "include")),
+    ]
+
+
+def _link() -> list[str]:
+    root = Path(torch.__file__).parent / "lib"
+    return ["-L", str(root), f"-Wl,-rpath,{root}", "-ltorch_cpu", "-lc10"]
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return " ".join(os.uname())
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.split(":")[0].strip() in wanted}))
+
+
+def name_of(description: str, version: str) -> str:
+    """Name of the cache entry of a graph.
+
+    Raises:
+        NoCompiler: if there is no compiler to name.
+    """
+    path = compiler()
+    shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    return cache.key(FORMAT, description, version, torch.__version__, shown, " ".join(_flags()), _processor())
+
+
+def is_cached(name: str) -> bool:
+    """Whether an entry of that name lies in the cache."""
+    try:
+        return (cache.folder() / name / _PLAN).exists()
+    except cache.UnsafeCache:
+        return False
+
+
+def library(name: str, make: Callable[[], Plan]) -> tuple[ctypes.CDLL, Plan, bool]:
+    """The library of that name, from the cache or made now; its plan; and whether it was made now.
+
+    A damaged entry is made anew. A cache folder that others could write to is not used, with a warning.
+
+    Raises:
+        NoCompiler: if the compiler fails.
+    """
+    try:
+        root = cache.folder()
+    except cache.UnsafeCache as error:
+        warnings.warn(f"{error}; until then compiled code is not kept", stacklevel=2)
+        root = Path(mkdtemp(prefix="bbvi_conv-"))
+    found = _load(root / name)
+    if found is not None:
+        return *found, False
+    plan = make()
+    with cache.entry(root, name) as new:
+        _build(text(plan), new)
+        record = {**codec.encode(plan), "sha256": cache.digest(new / _LIBRARY)}
+        (new / _PLAN).write_text(json.dumps(record))
+    found = _load(root / name)
+    if found is None:
+        raise NoCompiler(f"the compiled library in {root / name} cannot be loaded")
+    return *found, True
+
+
+def _build(source: str, where: Path) -> None:
+    (where / "step.cpp").write_text(source)
+    command = [compiler(), *_flags(), "-o", str(where / _LIBRARY), str(where / "step.cpp"), *_link()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])
+        raise NoCompiler(f"{command[0]} failed on the generated code: {first}")
+
+
+def _load(where: Path) -> tuple[ctypes.CDLL, Plan] | None:
+    """The entry, or None where there is none or it is damaged."""
+    try:
+        record = json.loads((where / _PLAN).read_text())
+        if cache.digest(where / _LIBRARY) != record["sha256"]:
+            return None
+        loaded = ctypes.CDLL(str(where / _LIBRARY))
+        loaded.advance.restype = ctypes.c_int64
+        return loaded, codec.decode(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

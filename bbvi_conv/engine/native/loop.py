@@ -1,0 +1,162 @@
+"""Run many steps of a graph in one call of compiled code."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from bbvi_conv import __version__
+from bbvi_conv.engine.native.graphs import lift, results
+from bbvi_conv.engine.native.library import is_cached, library, name_of
+from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views
+
+_CALL = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor as the only one in its memory, from its beginning."""
+    own = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+    return tensor if own else tensor.clone(memory_format=torch.preserve_format)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+class NativeLoop:
+    """``(carry, moving inputs, fixed inputs) -> (carry, other results)``, T times, in one call.
+
+    The first results of the graph replace the carry, its first inputs; the others are kept for every step.
+
+    Args:
+        graph: ATen operations without mutation.
+        example: one tensor per input, of the shapes of one step.
+        carry: how many inputs the step replaces.
+        moving: how many inputs change from step to step.
+        threads: threads of the generated code.
+
+    Raises:
+        CannotCompile, NoCompiler: with the reason.
+    """
+
+    def __init__(
+        self, graph: GraphModule, example: Sequence[Tensor], carry: int, moving: int, *, threads: int = 1
+    ) -> None:
+        self.carry, self.moving, self.threads = carry, moving, threads
+        lifted, constants = lift(graph)
+        self._fixed = [_whole(t) for t in (*example[carry + moving :], *constants)]
+        self._example = [*(torch.empty(t.shape, dtype=t.dtype) for t in example[: carry + moving]), *self._fixed]
+        self._graph = lifted
+        self.results = results(graph)[carry:]
+        shapes = "; ".join(f"{t.dtype} {tuple(t.shape)} {t.stride()}" for t in self._example)
+        self.name = name_of(f"{lifted.code}\n{shapes}\n{carry} {moving} {threads}", __version__)
+
+    @property
+    def cached(self) -> bool:
+        """Whether making it will not take long."""
+        return is_cached(self.name)
+
+    def load(self) -> bool:
+        """Make or load the library and its memory; whether it was made now."""
+        self._library, plan, made = library(self.name, self._lower)
+        self._memory = [_bytes(t) for t in self._example]
+        inputs = len(self._memory)
+        outs = [torch.empty(size, dtype=torch.uint8) for size in plan.inputs[inputs:]]
+        scratch = torch.empty(plan.scratch, dtype=torch.uint8)
+        self._memory += [*outs, scratch]
+        self._slots = (ctypes.c_void_p * len(self._memory))(*(t.data_ptr() for t in self._memory))
+        self._calls = [_Bound(call, self._memory) for call in plan.calls()]
+        self._error: BaseException | None = None
+        self._callback = _CALL(self._call)
+        return made
+
+    def _lower(self) -> Plan:
+        with warnings.catch_warnings():  # what torch says to itself, at import and in its lowerings
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)
+            try:
+                from bbvi_conv.engine.native.lowering import lower
+            except ImportError as error:
+                raise CannotCompile(f"this torch has another Inductor than the one known: {error}") from error
+            try:
+                return lower(self._graph, self._example, self.carry, threads=self.threads)
+            except CannotCompile:
+                raise
+            except Exception as error:  # whatever Inductor cannot do, the traced engine can
+                text = " ".join(str(error).split())[:200]
+                raise CannotCompile(f"{type(error).__name__}: {text}") from error
+
+    def _call(self, number: int) -> int:
+        try:
+            self._calls[number]()
+        except BaseException as error:
+            self._error = error
+            return 1
+        return 0
+
+    def __call__(self, carry: Sequence[Tensor], moving: Sequence[Tensor], steps: int) -> tuple[list[Tensor], ...]:
+        """Run ``steps`` steps.
+
+        Args:
+            carry: tensors of the carry; left as they are.
+            moving: one tensor ``(steps, ...)`` per moving input.
+            steps: T.
+
+        Returns:
+            The carry, and the other results, each ``(steps, ...)``.
+        """
+        for slot, value in zip(self._example, carry, strict=False):
+            slot.copy_(value)
+        feeds = [m.contiguous() for m in moving]
+        kept = [torch.empty((steps, *meta.shape), dtype=meta.dtype) for meta in self.results]
+        first = len(self._example)
+        made = self._library.advance(
+            ctypes.c_int64(steps),
+            self._slots,
+            self._callback,
+            *_table(range(self.carry, self.carry + self.moving), feeds, steps),
+            *_table(range(first, first + len(kept)), kept, steps),
+        )
+        if made < steps:
+            error, self._error = self._error, None
+            raise error if error is not None else RuntimeError("the compiled loop stopped early")
+        return [slot.clone() for slot in self._example[: self.carry]], kept
+
+
+def _table(slots: range, tensors: Sequence[Tensor], steps: int) -> tuple[Any, ...]:
+    """Arguments of the entry point: how many, their slots, addresses, and bytes per step."""
+    count = len(tensors)
+    sizes = [t.numel() * t.itemsize // max(steps, 1) for t in tensors]
+    return (
+        ctypes.c_int64(count),
+        (ctypes.c_int64 * count)(*slots),
+        (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors)),
+        (ctypes.c_int64 * count)(*sizes),
+    )
+
+
+class _Bound:
+    """A call of an operation of torch on the loop's memory."""
+
+    def __init__(self, call: Call, memory: Sequence[Tensor]) -> None:
+        namespace, name, overload = call.target.split(".")
+        self._target = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+        def on(view: View) -> Tensor:
+            return view.on(memory)
+
+        self._args, self._kwargs = replace_views(call.args, on), replace_views(call.kwargs, on)
+        self._results = [on(view) for view in call.results]
+
+    def __call__(self) -> None:
+        out = self._target(*self._args, **self._kwargs)
+        if self._results:
+            made = out if isinstance(out, (list, tuple)) else (out,)
+            for target, value in zip(self._results, (t for t in made if isinstance(t, Tensor)), strict=True):
+                target.copy_(value)

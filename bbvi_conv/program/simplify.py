@@ -1,0 +1,93 @@
+"""Take out of a finished graph what it computes twice, and what changes nothing.
+
+For graphs that nobody differentiates any more: ``detach`` has done its work there. A guide that runs twice at equal
+parameters, as sticking the landing has it, then runs once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+_aten: Any = torch.ops.aten
+
+_SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh_copy.default)
+_RESHAPES = (_aten.view.default, _aten.expand.default, _aten.reshape.default, _aten._unsafe_view.default)
+_ONE = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
+_ZERO = (_aten.add.Tensor, _aten.sub.Tensor)
+
+
+def simplify(graph: GraphModule) -> GraphModule:
+    """The same function with fewer operations; changes ``graph`` and returns it."""
+    seen: dict[Any, Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        same = _same_as(node)
+        if same is None:
+            same = seen.setdefault(_key(node), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.graph.erase_node(node)
+        elif _is_log_of_own_value(node):
+            _make_zero(graph, node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _same_as(node: Node) -> Node | None:
+    """The input that the node gives back as it is, if it does."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or node.kwargs:
+        return None
+    kept = _kind(node) == _kind(source) is not None
+    if node.target in _SAME:
+        return source if kept else None
+    neutral = 1 if node.target in _ONE else 0 if node.target in _ZERO else None
+    unchanged = node.target in _RESHAPES or (
+        neutral is not None and isinstance(node.args[1], (int, float)) and node.args[1] == neutral
+    )
+    return source if kept and unchanged else None
+
+
+def _kind(node: Node) -> tuple[Any, ...] | None:
+    meta = node.meta.get("tensor_meta")
+    return None if meta is None or not hasattr(meta, "shape") else (tuple(meta.shape), meta.dtype)
+
+
+def _key(node: Node) -> Any:
+    def frozen(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return (type(value), *map(frozen, value))
+        if isinstance(value, dict):
+            return tuple((name, frozen(part)) for name, part in value.items())
+        return (type(value), str(value)) if isinstance(value, float) else (type(value), value)
+
+    try:
+        key = (node.target, frozen(node.args), frozen(node.kwargs))
+        hash(key)
+    except TypeError:
+        return node
+    return key
+
+
+def _is_log_of_own_value(node: Node) -> bool:
+    """Whether this is the log-density of a Delta at the value it was made with: ``log(float(value == value))``.
+
+    Computed twice in compiled code, a value may differ from itself by a rounding, and its density would be zero.
+    """
+    number = node.args[0] if node.target is _aten.log.default else None
+    equal = number.args[0] if isinstance(number, Node) and number.target is _aten._to_copy.default else None
+    return isinstance(equal, Node) and equal.target is _aten.eq.Tensor and equal.args[0] is equal.args[1]
+
+
+def _make_zero(graph: GraphModule, node: Node) -> None:
+    meta, source = node.meta["tensor_meta"], node.args[0]
+    with graph.graph.inserting_before(node):
+        zero = graph.graph.call_function(_aten.zeros_like.default, (source,))
+    zero.meta["tensor_meta"] = meta
+    node.replace_all_uses_with(zero)
+    graph.graph.erase_node(node)

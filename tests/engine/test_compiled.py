@@ -1,0 +1,302 @@
+"""The compiled engine: the traced engine's iterates, in one call; and what happens where compiling fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bbvi_conv as bc
+from bbvi_conv.engine import Carry, Engine, Stream, make_engine, start_carry
+from bbvi_conv.engine.compiled import CompiledEngine
+from bbvi_conv.families import FullRank, MeanField
+from bbvi_conv.objectives import ELBO, IWAE, Objective
+from bbvi_conv.optim import SGD, Adam, Constant, InverseSqrt
+from bbvi_conv.program import Minibatch, Program
+from bbvi_conv.program.build import build
+
+RULE = Adam(InverseSqrt(0.1))
+
+
+def advance(engine: Engine, objective: Objective, *chunks: int, rule: Any = RULE) -> tuple[Carry, Tensor]:
+    """Consecutive chunks of steps from the start, every seed from the same one."""
+    program, seeds = engine.calculus.program, engine.num_seeds
+    carry = Carry.stack([start_carry(rule, program.initial())] * seeds)
+    losses, start = [], 0
+    for count in chunks:
+        stream = Stream(program, 0, "optimise", objective.draws, num_seeds=seeds)
+        carry, part = engine.advance(carry, stream, start, count)
+        losses.append(part)
+        start += count
+    return carry, torch.cat(losses)
+
+
+def both(program: Program, objective: Objective, rule: Any = RULE, seeds: int = 1) -> tuple[Engine, Engine]:
+    """Compiled and traced."""
+    compiled = make_engine("compiled", program, objective, rule, num_seeds=seeds)
+    assert compiled.name == "compiled"
+    return compiled, make_engine("traced", program, objective, rule, num_seeds=seeds)
+
+
+def assert_same(program: Program, objective: Objective, steps: int = 200, seeds: int = 1, rtol: float = 1e-9) -> None:
+    """Same noise, same iterates, relative to how far they moved."""
+    (ours, losses), (theirs, expected) = (advance(e, objective, steps) for e in both(program, objective, seeds=seeds))
+    moved = (theirs.x - program.initial()).norm()
+    assert moved > 0.1
+    assert (ours.x - theirs.x).norm() < rtol * moved
+    assert torch.equal(ours.step, theirs.step)
+    torch.testing.assert_close(losses, expected, rtol=10 * rtol, atol=0)
+
+
+CASES = [
+    ("eight_schools", "model", MeanField(), ELBO()),
+    ("eight_schools", "centered", FullRank(), ELBO(2, "sticking-the-landing")),
+    ("challenger", "model", FullRank(), ELBO(3)),
+    ("conjugate_gaussian", "model", MeanField(), ELBO(1, "sticking-the-landing")),
+]
+
+
+@pytest.mark.parametrize(("file", "name", "family", "objective"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
+def test_same_iterates_as_traced(shipped, file: str, name: str, family: Any, objective: ELBO) -> None:
+    module = shipped(file)
+    assert_same(build(getattr(module, name), None, module.data(), family=family), objective)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(30, 16), nn.Tanh(), nn.Linear(16, 4))
+        self.decoder = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 30))
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x.float() / 255)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(x.float() / 255).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+@pytest.fixture(scope="module")
+def images() -> Program:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae, x = Autoencoder(), (torch.rand(50, 30) < 0.4).to(torch.uint8) * 255
+    return build(vae.model, vae.guide, (x,), minibatch=Minibatch(8, plate="data"))
+
+
+def test_rows_are_gathered_inside_the_loop_from_resident_bytes(images: Program) -> None:
+    assert images.args[0].dtype == torch.uint8
+    assert_same(images, IWAE(3, "doubly-reparameterised"), rtol=1e-4)
+
+
+def test_seeds_run_together(shipped) -> None:
+    module = shipped("eight_schools")
+    program = build(module.model, None, module.data(), family=MeanField())
+    compiled, traced = both(program, ELBO(), seeds=3)
+    (ours, losses), (theirs, expected) = (advance(e, ELBO(), 100) for e in (compiled, traced))
+    assert ours.x.shape[0] == losses.shape[1] == 3
+    torch.testing.assert_close(ours.x, theirs.x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+    assert (ours.x[0] - ours.x[1]).norm() > 0.01
+
+
+def gaussian_process(x: Tensor, y: Tensor) -> None:
+    """A Cholesky factor of parameters: an operation of torch's own amid the kernels."""
+    log_length = pyro.sample("log_length", dist.Normal(0.0, 1.0))
+    kernel = torch.exp(-0.5 * ((x[:, None] - x[None]) / log_length.exp()) ** 2) + 0.1 * torch.eye(len(x), dtype=x.dtype)
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros_like(x), scale_tril=torch.linalg.cholesky(kernel)), obs=y)
+
+
+def test_operations_of_torch_stand_between_kernels() -> None:
+    x = torch.linspace(0, 5, 40, dtype=torch.float64)
+    program = build(gaussian_process, None, (x, torch.sin(x)), family=MeanField(), dtype=torch.float64)
+    assert_same(program, ELBO(2), steps=50)
+
+
+def matrix(x: Tensor) -> None:
+    """A product too large to be written out."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(60, 50, dtype=x.dtype), 1.0).to_event(2))
+    pyro.sample("y", dist.Normal(torch.tanh(x @ w), 0.1).to_event(2), obs=x[:, :50])
+
+
+def test_large_products_are_left_to_torch() -> None:
+    x = torch.randn(40, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    program = build(matrix, None, (x,), family=MeanField(), dtype=torch.float64)
+    assert_same(program, ELBO(), steps=30)
+
+
+def test_chunk_boundaries_may_fall_anywhere(images: Program) -> None:
+    engine = make_engine("compiled", images, ELBO(), RULE)
+    whole, losses = advance(engine, ELBO(), 270)
+    for chunks in ((1, 254, 2, 13), (100, 170)):
+        parts, pieces = advance(engine, ELBO(), *chunks)
+        assert all(torch.equal(a, b) for a, b in zip(whole.flat(), parts.flat(), strict=True))
+        assert torch.equal(losses, pieces)
+
+
+def steep(y: Tensor) -> None:
+    """Loses its finite log-probability once the scale of the guide has moved far enough."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("wall", torch.where(z > 2.0, (2.0 - z).sqrt(), 3 * z))
+
+
+def test_a_step_that_is_not_finite_freezes_the_carry_at_the_same_step() -> None:
+    program = build(steep, None, (torch.tensor(0.0),), family=MeanField(), dtype=torch.float64)
+    rule = SGD(Constant(0.01))
+    (ours, losses), (theirs, _) = (advance(e, ELBO(), 300, rule=rule) for e in both(program, ELBO(), rule))
+    assert 0 < int(theirs.bad) < 299
+    assert int(ours.bad) == int(theirs.bad)
+    assert not torch.isfinite(losses[int(ours.bad)])
+    torch.testing.assert_close(ours.x, theirs.x, rtol=1e-9, atol=0)
+
+
+# ---- the cache ----
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], CompiledEngine]]:
+    """``tiny()``: a small compiled engine, over a cache of the test's own."""
+    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(1.0, 2.0))
+
+    def make() -> CompiledEngine:
+        engine = make_engine("compiled", build(model, family=MeanField()), ELBO(), RULE)
+        assert isinstance(engine, CompiledEngine)
+        return engine
+
+    return make
+
+
+def entry(tmp_path: Path) -> Path:
+    (found,) = (p for p in (tmp_path / "cache").iterdir() if not p.name.startswith("."))
+    return found
+
+
+def test_a_second_engine_finds_what_the_first_compiled(tiny: Callable[[], CompiledEngine], tmp_path: Path) -> None:
+    first, _ = advance(tiny(), ELBO(), 20)
+    before = (entry(tmp_path) / "step.so").stat().st_mtime_ns
+    second = tiny()
+    assert second.cached
+    assert not second.prepare()
+    assert torch.equal(advance(second, ELBO(), 20)[0].x, first.x)
+    assert (entry(tmp_path) / "step.so").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("damage", ["step.so", "plan.json", "torn.json", "other.json"])
+def test_a_damaged_entry_is_built_anew(tiny: Callable[[], CompiledEngine], tmp_path: Path, damage: str) -> None:
+    first, _ = advance(tiny(), ELBO(), 20)
+    where = entry(tmp_path)
+    if damage == "step.so":
+        begin = (where / damage).read_bytes()[:1000]
+        (where / damage).unlink()  # the library in use stays whole
+        (where / damage).write_bytes(begin)
+    elif damage == "plan.json":
+        (where / damage).unlink()
+    elif damage == "torn.json":
+        (where / "plan.json").write_text((where / "plan.json").read_text()[:40])
+    else:
+        (where / "plan.json").write_text(json.dumps({"inputs": []}))
+    assert torch.equal(advance(tiny(), ELBO(), 20)[0].x, first.x)
+    assert (where / "step.so").stat().st_size > 1000
+
+
+def test_the_cache_folder_is_private_and_another_is_not_used(
+    tiny: Callable[[], CompiledEngine], tmp_path: Path
+) -> None:
+    tiny()
+    folder = tmp_path / "cache"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    where = entry(tmp_path)
+    folder.chmod(0o755)
+    with pytest.warns(UserWarning, match=r"chmod 700 .*cache"):
+        engine = tiny()
+    assert int(advance(engine, ELBO(), 5)[0].step) == 5
+    assert entry(tmp_path) == where
+
+
+# ---- where compiling fails ----
+
+
+def normal(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+@pytest.fixture
+def program() -> Program:
+    return build(normal, None, (torch.tensor(1.0),), family=MeanField())
+
+
+def test_auto_weighs_steps_against_compiling(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS", 5.0)
+    few = make_engine("auto", program, ELBO(), RULE, steps=100)
+    assert few.name == "traced"
+    assert "100 steps do not repay" in few.reason
+    many = make_engine("auto", program, ELBO(), RULE, steps=10**6)
+    assert (many.name, many.reason) == ("compiled", "compiled for this run")
+    again = make_engine("auto", program, ELBO(), RULE, steps=100)
+    assert (again.name, again.reason) == ("compiled", "compiled by an earlier run")
+
+
+def test_without_a_compiler_a_fit_runs_traced_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS", 0.0)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit = bc.fit(normal, args=(torch.tensor(1.0),), max_steps=1000, progress=False)
+    assert [str(w.message) for w in seen if "no C++ compiler" in str(w.message)] == [
+        "steps run uncompiled, a hundred times slower: there is no C++ compiler (g++ or clang++ on PATH, or CXX)"
+    ]
+    assert fit.engine_name == "traced"
+    assert "no C++ compiler" in fit.engine_reason
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler.*use engine=\"traced\""):
+        bc.fit(normal, args=(torch.tensor(1.0),), engine="compiled", progress=False)
+
+
+@torch.library.custom_op("bbvi_conv_tests::opaque", mutates_args=())
+def opaque(x: Tensor) -> Tensor:
+    """An operation of which nothing is known but what it does."""
+    return x.clone()
+
+
+def with_opaque(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z + opaque(z.detach()), 1.0), obs=y)
+
+
+def test_what_cannot_be_compiled_still_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS", 0.0)
+    with pytest.warns(UserWarning, match="opaque") as seen:
+        fit = bc.fit(with_opaque, args=(torch.tensor(1.0),), max_steps=1000, progress=False)
+    assert len([w for w in seen if "uncompiled" in str(w.message)]) == 1
+    assert fit.engine_name == "traced"
+    assert fit.state.step > 0
+
+
+def test_a_failing_compiler_is_named(
+    tiny: Callable[[], CompiledEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho 'error: no space' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(ValueError, match=r"broken-compiler failed on the generated code: error: no space"):
+        tiny()
+    assert not [p for p in os.listdir(tmp_path / "cache") if not p.startswith(".")]
