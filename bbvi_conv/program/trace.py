@@ -51,7 +51,7 @@ def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = 
         pure = torch.func.functionalize(function, remove="mutations") if functional else function
         graph: GraphModule = make_fx(pure, decomposition_table=DECOMPOSITIONS)(*example)
     except Exception as error:
-        raise Untraceable(_first_sentence(error)) from error
+        raise Untraceable(first_sentence(error)) from error
     for node, value in zip(graph.graph.find_nodes(op="placeholder"), example, strict=True):
         node.meta["tensor_meta"] = value.to("meta")
     varying: set[Node] = set()
@@ -110,8 +110,9 @@ def _fix_end(node: Node) -> None:
             node.update_arg(i, sizes[args[i - 2]])
 
 
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def first_sentence(error: Exception) -> str:
+    """Type and first sentence of an error, in one line."""
+    text = " ".join(str(error).split()).split(". ")[0]
     return f"{type(error).__name__}: {text[:200]}"
 
 

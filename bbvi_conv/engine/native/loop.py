@@ -15,6 +15,7 @@ from bbvi_conv import __version__
 from bbvi_conv.engine.native.graphs import lift, results
 from bbvi_conv.engine.native.library import is_cached, library, name_of
 from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views
+from bbvi_conv.program.trace import first_sentence
 
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
 
@@ -89,8 +90,7 @@ class NativeLoop:
             except CannotCompile:
                 raise
             except Exception as error:  # whatever Inductor cannot do, the traced engine can
-                text = " ".join(str(error).split())[:200]
-                raise CannotCompile(f"{type(error).__name__}: {text}") from error
+                raise CannotCompile(first_sentence(error)) from error
 
     def _call(self, number: int) -> int:
         try:
