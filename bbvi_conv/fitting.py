@@ -294,7 +294,11 @@ class Fit:
         return {**drawn.latent, **drawn.deterministic}
 
     def to_arviz(self, num_samples: int = 1000) -> Any:
-        """Posterior in ArviZ's form: ``InferenceData`` (ArviZ 0.2x) or ``DataTree`` (ArviZ 1.x)."""
+        """Posterior in ArviZ's form: ``InferenceData`` (ArviZ 0.2x) or ``DataTree`` (ArviZ 1.x).
+
+        With several seeds each is a chain, so that ArviZ's R-hat says whether they agree; the draws of the best alone
+        are those of ``fit.seeds[fit.best].to_arviz()``.
+        """
         from bbvi_conv.posterior import to_arviz
 
         return to_arviz(self, num_samples)
