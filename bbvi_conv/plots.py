@@ -152,7 +152,7 @@ def gap(fit: Fit) -> Figure:
     axis.axhline(tol, color="black", ls="--", lw=1, label=f"tolerance {tol:g} nats")
     axis.axhline(0.0, color=GREY, lw=0.6)
     axis.set_xscale("log")
-    _step_ticks(axis, [c.step for c in checks])
+    _step_ticks(axis, sorted({c.step for one in seeds for c in one.checks}))
     axis.set_yscale("symlog", linthresh=tol)
     top = 10 ** math.ceil(math.log10(2.0 * max(numbers)))
     low = min([0.0, *(float(e.low) for c in checks for _, of, _, _ in parts if (e := of(c)).low is not None)])
