@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import platform
 import time
 from collections.abc import Callable
@@ -86,18 +87,18 @@ class Archive:
         self.directory.write_config(config)
         self.directory.append_log(f"started on the {run.engine.name} engine: {run.engine.reason}")
 
-    def checkpoint(self, state: FitState) -> None:
-        """Save the state as one unit, and the looks so far as ``monitor.csv``."""
+    def checkpoint(self, state: FitState, seed: int) -> None:
+        """Save the state as one unit, and the looks so far as ``monitor.csv``; ``seed`` is the first of the run."""
         self.directory.lock()
         self.directory.save_checkpoint(*pack(state))
-        self.directory.write_text("monitor.csv", monitor_csv(state))
+        self.directory.write_text("monitor.csv", monitor_csv(state, seed))
 
     def conclude(self, fit: Fit) -> None:
         """Write everything a finished run leaves; the verdict comes first, so that no export can lose it."""
         from bbvi_conv.posterior import neutral, write_netcdf
         from bbvi_conv.report import write_report
 
-        self.checkpoint(fit.state)
+        self.checkpoint(fit.state, fit.settings.seed)
         start = time.perf_counter()
         self._write_verdict(fit)
         path = self.directory.path
@@ -172,12 +173,14 @@ class Archive:
         return Plan(model, guide, found_args, kwargs or {}, chosen, found)
 
 
-def monitor_csv(state: FitState) -> str:
-    """The looks as CSV."""
+def monitor_csv(state: FitState, seed: int) -> str:
+    """The looks of every seed as CSV, in the order they were made; ``seed`` is the first of them."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(columns())
-    writer.writerows(["" if cell is None else cell for cell in row] for row in to_rows(state.monitor))
+    writer.writerow(["seed", *columns()])
+    tables = [[[seed + s, *row] for row in to_rows(one.monitor)] for s, one in enumerate(state.seeds)]
+    for rows in itertools.zip_longest(*tables):
+        writer.writerows(["" if cell is None else cell for cell in row] for row in rows if row is not None)
     return text.getvalue()
 
 

@@ -10,7 +10,7 @@ from bbvi_conv.engine.engine import Carry
 from bbvi_conv.monitor.intervals import Estimate
 from bbvi_conv.monitor.judge import Check
 from bbvi_conv.monitor.state import columns, from_rows, to_rows
-from bbvi_conv.run import FitState
+from bbvi_conv.run import FitState, joined
 
 VERSION = 1
 """Layout of the checkpoint; raised when an older one can no longer be read."""
@@ -18,11 +18,24 @@ VERSION = 1
 
 def pack(state: FitState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and what JSON holds: floats go through ``repr`` unharmed."""
-    tensors = {f"carry.{index:03d}": tensor for index, tensor in enumerate(state.carry.flat())}
-    if state.previous is not None:
-        tensors["previous"] = state.previous
-    meta = {
-        "version": VERSION,
+    tensors: dict[str, Tensor] = {}
+    metas = []
+    for index, one in enumerate(state.seeds):
+        head = _head(index)
+        tensors |= {f"{head}carry.{part:03d}": tensor for part, tensor in enumerate(one.carry.flat())}
+        if one.previous is not None:
+            tensors[f"{head}previous"] = one.previous
+        metas.append(_pack_seed(one))
+    return tensors, {"version": VERSION, **metas[0], "others": metas[1:]}
+
+
+def _head(index: int) -> str:
+    """What the tensors of a seed are called by; those of the first by nothing."""
+    return f"seed{index:03d}." if index else ""
+
+
+def _pack_seed(state: FitState) -> dict[str, Any]:
+    return {
         "window_start": state.window_start,
         "monitor": {"label": state.monitor.label, "columns": columns(), "rows": to_rows(state.monitor)},
         "checks": [[check.step, *(list(estimate) for estimate in check[1:])] for check in state.checks],
@@ -30,7 +43,6 @@ def pack(state: FitState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "seconds": dict(state.seconds),
         "done": state.done,
     }
-    return tensors, meta
 
 
 def unpack(tensors: dict[str, Tensor], meta: dict[str, Any]) -> FitState:
@@ -45,16 +57,21 @@ def unpack(tensors: dict[str, Tensor], meta: dict[str, Any]) -> FitState:
             "resume it with the version that config.json names, or start again in a new directory"
         )
     try:
-        table = meta["monitor"]
-        return FitState(
-            carry=Carry.unflatten([tensors[name] for name in sorted(tensors) if name.startswith("carry.")]),
-            window_start=meta["window_start"],
-            previous=tensors.get("previous"),
-            monitor=from_rows(table["columns"], table["rows"], label=table["label"]),
-            checks=tuple(Check(step, *(Estimate(*estimate) for estimate in rest)) for step, *rest in meta["checks"]),
-            losses=tuple((first, count, loss) for first, count, loss in meta["losses"]),
-            seconds=meta["seconds"],
-            done=meta["done"],
-        )
+        metas = [meta, *meta.get("others", [])]
+        return joined([_unpack_seed(tensors, one, _head(index)) for index, one in enumerate(metas)])
     except (KeyError, TypeError) as error:
         raise ValueError(f"the checkpoint lacks a part ({error}): start the run again in a new directory") from error
+
+
+def _unpack_seed(tensors: dict[str, Tensor], meta: dict[str, Any], head: str) -> FitState:
+    table = meta["monitor"]
+    return FitState(
+        carry=Carry.unflatten([tensors[name] for name in sorted(tensors) if name.startswith(f"{head}carry.")]),
+        window_start=meta["window_start"],
+        previous=tensors.get(f"{head}previous"),
+        monitor=from_rows(table["columns"], table["rows"], label=table["label"]),
+        checks=tuple(Check(step, *(Estimate(*estimate) for estimate in rest)) for step, *rest in meta["checks"]),
+        losses=tuple((first, count, loss) for first, count, loss in meta["losses"]),
+        seconds=meta["seconds"],
+        done=meta["done"],
+    )

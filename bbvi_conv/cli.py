@@ -47,6 +47,7 @@ def fit(
     steps: Annotated[int | None, typer.Option(help="optimiser steps at most")] = None,
     tol: Annotated[float | None, typer.Option(help="tolerance on the remaining gap, in nats")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of all noise, and of networks made by the file")] = None,
+    seeds: Annotated[int | None, typer.Option(help="independent runs at once, of this seed and the next ones")] = None,
     engine: Annotated[str | None, typer.Option(help="auto, eager, traced or compiled")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or float64")] = None,
@@ -71,7 +72,7 @@ def fit(
         if RunDirectory(directory).holds_run():
             raise ValueError(f"{directory} already holds a run: choose another directory with --out, or resume it")
         options = {"family": family, "max_steps": steps, "tol": tol, "engine": engine, "device": device, "dtype": dtype}
-        options |= {"objective": objective, "particles": particles, "estimator": estimator}
+        options |= {"num_seeds": seeds, "objective": objective, "particles": particles, "estimator": estimator}
         options |= {"groups": groups, "alpha": alpha, "elbo-weight": elbo_weight}
         options |= {"minibatch": minibatch, "plate": plate, "step_size": step_size}
         settings = _settings(found, {name: value for name, value in options.items() if value is not None})
@@ -150,7 +151,9 @@ def differences(first: Fit, again: Fit) -> list[str]:
     """Names of what differs between two fits, to the last bit; times do not count."""
     import torch
 
-    found = [] if torch.equal(first.x, again.x) else ["parameters"]
+    pairs = list(zip(first.seeds, again.seeds, strict=False))
+    same = len(first.seeds) == len(again.seeds) and all(torch.equal(one.x, other.x) for one, other in pairs)
+    found = [] if same else ["parameters"]
     one, other = first.verdict.to_json(), again.verdict.to_json()
     return found + [name for name in one if name != "seconds" and repr(one[name]) != repr(other.get(name))]
 
@@ -195,7 +198,9 @@ def _settings(found: ModelFile, options: dict[str, Any]) -> dict[str, Any]:
                 f"{found.path}: its fit dict holds the unknown setting {name!r}; choose from {', '.join(names)}"
             )
     settings = {**found.defaults, "seed": found.seed}
-    settings |= {name: options[name] for name in ("max_steps", "tol", "engine", "device") if name in options}
+    settings |= {
+        name: options[name] for name in ("max_steps", "tol", "num_seeds", "engine", "device") if name in options
+    }
     if "dtype" in options:
         settings["dtype"] = _pick("dtype", options["dtype"], {"float32": torch.float32, "float64": torch.float64})
     if "family" in options:

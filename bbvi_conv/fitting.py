@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from bbvi_conv.families import MeanField
 from bbvi_conv.monitor.intervals import Estimate, unavailable
+from bbvi_conv.monitor.seeds import Agreement, agreement, highest
 from bbvi_conv.monitor.state import signal_to_noise
 from bbvi_conv.objectives import Objective
 from bbvi_conv.program.buffers import CalledModule, own_buffers, restore_buffers
@@ -21,7 +23,8 @@ from bbvi_conv.program.program import Params, Program
 from bbvi_conv.progress import Progress
 from bbvi_conv.run import FitState, OnLook, Run, Settings, figures, returned
 from bbvi_conv.settings import encode
-from bbvi_conv.verdict import Evidence, Verdict, decide
+from bbvi_conv.starts import starts
+from bbvi_conv.verdict import Evidence, Verdict, decide, decide_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,6 +59,10 @@ def fit(
     steps, checks the returned parameters whenever a window of steps is complete (windows double), and stops when the
     remaining gap :math:`\tfrac12 g^\top H^{-1} g` is under ``tol`` nats and the paired improvement does not contradict.
 
+    With ``num_seeds=S`` it does so S times at once, independently: the run of index s has the noise and the start of a
+    fit with ``seed + s``. What is returned is the one with the highest bound, :attr:`Fit.seeds` holds all of them, and
+    the verdict says whether they agree.
+
     Args:
         model: a Pyro model, called as ``model(*args, **kwargs)``.
         guide: a Pyro guide; None: ``family(model)``.
@@ -68,7 +75,7 @@ def fit(
         on_look: called with the :class:`~bbvi_conv.run.FitState` after every look and check.
         source: the file the model came from, for the run directory.
         **settings: fields of :class:`~bbvi_conv.run.Settings`: ``family``, ``objective``, ``optimiser``, ``minibatch``,
-            ``max_steps``, ``tol``, ``seed``, ``engine``, ``dtype``, ...
+            ``max_steps``, ``tol``, ``seed``, ``num_seeds``, ``engine``, ``dtype``, ...
 
     Returns:
         The fit; "not converged" is a verdict, not an exception.
@@ -102,7 +109,10 @@ def fit(
         archive = Archive.create(out)
     try:
         run = Run(program, chosen, None if held_out is None else program.with_data(held_out))
-        state = run.start(_start(program, init))
+        if init is None:
+            state = run.start(*starts(program, chosen, model, guide, args, kwargs, source))
+        else:
+            state = run.start(*[_start(program, init)] * chosen.num_seeds)
         if archive is not None:
             archive.describe(run, source)
     except BaseException:
@@ -126,11 +136,9 @@ def _device(name: str) -> torch.device:
         raise ValueError(f'unknown device {name!r}; use "auto", "cpu" or "cuda"') from None
 
 
-def _start(program: Program, init: Fit | None) -> Tensor:
+def _start(program: Program, init: Fit) -> Tensor:
     """Initial parameters: the program's own, replaced by those of an earlier fit where name and shape agree."""
     x = program.initial()
-    if init is None:
-        return x
     earlier = {name: value for group in init.params.values() for name, value in group.items()}
     parts, taken = [], 0
     for leaf, part in zip(program.leaves, torch.split(x, program.sizes), strict=True):
@@ -168,7 +176,7 @@ def _drive(
             bar.show(now)
             if looked:
                 if archive is not None:
-                    archive.checkpoint(now)
+                    archive.checkpoint(now, run.settings.seed)
                 if on_look is not None:
                     on_look(now)
 
@@ -178,12 +186,12 @@ def _drive(
             interrupted = True
             with suppress(KeyboardInterrupt):  # a second one skips the check of what is returned
                 latest = run.finish(latest)
-    x = returned(latest, run.settings)
+    result = Fit(run, latest, archive=archive, source=source, interrupted=interrupted)
     if run.settings.update_modules:
-        run.program.write_back(x)
+        run.program.write_back(result.x)
     else:
         restore_buffers(before)
-    result = Fit(run, latest, archive=archive, source=source, interrupted=interrupted)
+    result.decide()
     if archive is not None:
         try:
             archive.conclude(result)
@@ -199,8 +207,8 @@ class Fit:
         program: the traced model and guide.
         settings: what was asked for.
         state: everything the run is, as plain data.
+        best: index of the seed whose parameters are returned: the one with the highest bound.
         x: the returned parameters, flat and unconstrained, ``(P,)``.
-        verdict: outcome, numbers, reasons.
         interrupted: whether Ctrl-C ended the run.
     """
 
@@ -216,10 +224,29 @@ class Fit:
         self.run, self.state, self.archive, self.source = run, state, archive, source
         self.interrupted = interrupted
         self.program, self.settings = run.program, run.settings
-        self.x = returned(state, run.settings).detach().clone()
+        self._losses = run.compare(state) if state.others else None
+        self.best = 0 if self._losses is None else highest(self._losses, [one.frozen for one in state.seeds])
+        self.x = returned(state.seeds[self.best], run.settings).detach().clone()
         self.seconds: dict[str, float] = dict.fromkeys(("steps", "monitor", "compile", "export"), 0.0)
         self.seconds.update(state.seconds)
-        self.verdict = self._verdict()
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Outcome, numbers, reasons; over all seeds, where there are several."""
+        return self._verdict() if len(self.seeds) == 1 else self._verdict_of_seeds()
+
+    def decide(self) -> Verdict:
+        """Come to the verdict now, if that was not done."""
+        return self.verdict
+
+    @cached_property
+    def seeds(self) -> tuple[Fit, ...]:
+        """A fit of every seed, as one that ran alone; of a single seed, itself."""
+        if not self.state.others:
+            return (self,)
+        pairs = zip(self.run.seeds, self.state.seeds, strict=True)
+        more: dict[str, Any] = {"source": self.source, "interrupted": self.interrupted}
+        return tuple(Fit(self.run.of_seed(seed), one, **more) for seed, one in pairs)
 
     def __repr__(self) -> str:
         return f"<Fit: {self.verdict.outcome} after {self.state.step} steps on the {self.engine_name} engine>"
@@ -237,7 +264,7 @@ class Fit:
     @property
     def objective(self) -> Objective:
         """The bound and estimator in force at the end; under a schedule, the one it had come to."""
-        return self.run.schedule.at(self.state.step, self.state.monitor.looks)
+        return self.run.schedule.at(self.state.step, self.state.seeds[self.best].monitor.looks)
 
     @property
     def params(self) -> Params:
@@ -267,7 +294,11 @@ class Fit:
         return {**drawn.latent, **drawn.deterministic}
 
     def to_arviz(self, num_samples: int = 1000) -> Any:
-        """Posterior in ArviZ's form: ``InferenceData`` (ArviZ 0.2x) or ``DataTree`` (ArviZ 1.x)."""
+        """Posterior in ArviZ's form: ``InferenceData`` (ArviZ 0.2x) or ``DataTree`` (ArviZ 1.x).
+
+        With several seeds each is a chain, so that ArviZ's R-hat says whether they agree; the draws of the best alone
+        are those of ``fit.seeds[fit.best].to_arviz()``.
+        """
         from bbvi_conv.posterior import to_arviz
 
         return to_arviz(self, num_samples)
@@ -291,9 +322,8 @@ class Fit:
             if steps < 1:
                 raise ValueError(f"steps must be at least 1, got {steps}")
             settings = dataclasses.replace(settings, max_steps=state.step + steps)
-            if state.done:
-                state = self.run.next_window(state, self.x)
-            if int(state.carry.bad) >= 0:
+            state = self.run.next_window(state)
+            if all(one.frozen for one in state.seeds):
                 raise ValueError(
                     f"this fit diverged at step {int(state.carry.bad)} and cannot go on; refit with smaller steps"
                 )
@@ -309,13 +339,50 @@ class Fit:
         archive.conclude(self)
         archive.close()
 
-    def _verdict(self) -> Verdict:
+    def _evidence(self) -> Evidence:
+        """What the verdict on one seed rests on."""
         trend, reason = self.run.trend(self.state)
         signal = signal_to_noise(self.state.monitor, "phi")
-        evidence = Evidence(self.state.checks, trend, reason, self.run.failure(self.state), self.interrupted, signal)
+        return Evidence(self.state.checks, trend, reason, self.run.failure(self.state), self.interrupted, signal)
+
+    def _verdict(self) -> Verdict:
+        evidence = self._evidence()
         khat, threshold = self._khat(evidence)
         verdict = decide(evidence, self.settings.tol, khat, threshold)
         return dataclasses.replace(verdict, numbers=self._numbers(khat, threshold))
+
+    def _verdict_of_seeds(self) -> Verdict:
+        """Each seed by itself, k-hat for the best only; then whether they agree."""
+        evidence = [fit._evidence() for fit in self.seeds]
+        best = self.seeds[self.best]
+        khat, threshold = best._khat(evidence[self.best])
+        other = unavailable("asked for at the best seed only: fit.seeds[i].verdict has it")
+        verdicts = {
+            seed: decide(seen, self.settings.tol, *((khat, threshold) if fit is best else (other, None)))
+            for seed, fit, seen in zip(self.run.seeds, self.seeds, evidence, strict=True)
+        }
+        found = self.agreement()
+        verdict = decide_seeds(verdicts, self.run.seeds[self.best], found)
+        each = []
+        for seed, fit in zip(self.run.seeds, self.seeds, strict=True):
+            own = fit._distances()
+            compared = {"below_best_nats": found.shortfall, "distance_sd": found.distance}
+            own |= {name: by_seed[seed].to_json() for name, by_seed in compared.items() if seed in by_seed}
+            each.append({"seed": seed, "outcome": verdicts[seed].outcome, "steps": fit.state.step, **own})
+        agreed = {"best": self.run.seeds[self.best], "disagree": list(found.disagree), "each": each}
+        return dataclasses.replace(verdict, numbers={**best._numbers(khat, threshold, self), "seeds": agreed})
+
+    def agreement(self) -> Agreement:
+        """Bounds and posterior locations of the seeds beside those of the best, by seed; frozen ones are left out."""
+        from bbvi_conv.posterior.moments import moments
+
+        losses = self._losses if self._losses is not None else self.run.compare(self.state)
+        running = {seed: i for i, (seed, one) in enumerate(zip(self.run.seeds, self.state.seeds, strict=True))}
+        running = {seed: i for seed, i in running.items() if not self.state.seeds[i].frozen or i == self.best}
+        located = moments(self.program, [self.seeds[i].x for i in running.values()], self.settings.seed)
+        return agreement(
+            losses[list(running.values())], list(running), self.run.seeds[self.best], located, self.settings.tol
+        )
 
     def _khat(self, evidence: Evidence) -> tuple[Estimate, float | None]:
         if evidence.failure or not evidence.checks:
@@ -324,9 +391,8 @@ class Fit:
 
         return khat(self), khat_threshold(self.settings.khat_draws)
 
-    def _numbers(self, khat: Estimate, threshold: float | None) -> dict[str, Any]:
-        """Everything ``verdict.json`` holds besides outcome and reasons."""
-        seen = figures(self.state)
+    def _distances(self) -> dict[str, Any]:
+        """Numbers of the last check of one seed."""
         missing = unavailable("no check was made: run more steps")
         last = self.state.checks[-1] if self.state.checks else None
         return {
@@ -334,6 +400,14 @@ class Fit:
             "natural_gradient_norm": (last.natural if last else missing).to_json(),
             "paired_improvement": (last.improvement if last else missing).to_json(),
             "bound": (last.bound if last else missing).to_json(),
+        }
+
+    def _numbers(self, khat: Estimate, threshold: float | None, whole: Fit | None = None) -> dict[str, Any]:
+        """Everything ``verdict.json`` holds besides outcome and reasons; gradient norms and rate are over ``whole``."""
+        whole = whole or self
+        seen = figures(whole.state)
+        return {
+            **self._distances(),
             "tolerance_nats": self.settings.tol,
             "gradient_norm_sq": {
                 **{g: seen.gradient_norm_sq[g].to_json() for g in ("theta", "phi", "total")},
@@ -343,9 +417,9 @@ class Fit:
             "signal_to_noise": {g: signal_to_noise(self.state.monitor, g).to_json() for g in ("theta", "phi")},
             "rate": seen.rate.to_json(),
             "khat": {**khat.to_json(), "threshold": threshold},
-            "steps": self.state.step,
-            "seconds": dict(self.seconds),
-            "engine": {"name": self.engine_name, "reason": self.engine_reason},
+            "steps": whole.state.step,
+            "seconds": dict(whole.seconds),
+            "engine": {"name": whole.engine_name, "reason": whole.engine_reason},
             "unit": self.program.structure.describe(),
             "objective": encode(self.objective),
         }
@@ -388,7 +462,12 @@ def load(
         seed=plan.settings.seed,
     )
     run = Run(program, plan.settings, None if held_out is None else program.with_data(held_out))
-    state = archive.state() or run.start(program.initial())
+    state = archive.state()
+    if state is None:
+        made_from = plan.model, plan.guide, plan.args, plan.kwargs, plan.source
+        state = run.start(*starts(program, plan.settings, *made_from))
+    result = Fit(run, state, archive=archive, source=plan.source)
     if plan.settings.update_modules:
-        program.write_back(returned(state, plan.settings))
-    return Fit(run, state, archive=archive, source=plan.source)
+        program.write_back(result.x)
+    result.decide()
+    return result

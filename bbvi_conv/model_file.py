@@ -72,6 +72,22 @@ def load_model(spec: str, *, seed: int | None = None) -> ModelFile:
     return ModelFile(path, name, model, guide, args, kwargs, defaults, seed)
 
 
+def load_programs(path: str, name: str | None, *, seed: int) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """Model and guide of a file run once more under a seed: with new networks, and without its data.
+
+    Raises:
+        ValueError: as for :func:`load_model`.
+    """
+    where = Path(path)
+    key = _private_name(where)
+    before = sys.modules.get(key)
+    try:
+        return _programs(where, _run(where, seed), name)
+    finally:
+        if before is not None:
+            sys.modules[key] = before
+
+
 def locate_model(spec: str) -> tuple[Path, str | None]:
     """The absolute path and the NAME of ``FILE[:NAME]``, for a file or a shipped model; nothing is run.
 
@@ -116,9 +132,13 @@ def _names() -> list[str]:
     return sorted(path.stem for path in models_folder().glob("*.py") if not path.stem.startswith("_"))
 
 
+def _private_name(path: Path) -> str:
+    return f"_bbvi_conv_model_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
 def _run(path: Path, seed: int) -> ModuleType:
     """Execute the file. It is kept in ``sys.modules`` under its private name, which dataclasses and pickles need."""
-    module = ModuleType(f"_bbvi_conv_model_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")
+    module = ModuleType(_private_name(path))
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
     with _reported(path, "running the file"), _seeded(seed), _beside(path):

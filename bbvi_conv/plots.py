@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bbvi_conv.monitor.intervals import Estimate
+from bbvi_conv.monitor.gradient_norm import ends as norm_ends
+from bbvi_conv.monitor.intervals import Estimate, student_quantile
 from bbvi_conv.monitor.rate import envelope, envelope_constant, rates
+from bbvi_conv.monitor.seeds import common, expected_norm, mean_series
 from bbvi_conv.monitor.series import Array, Series
 from bbvi_conv.monitor.state import GROUPS, MonitorState, series
 from bbvi_conv.monitor.strata import running_mean, running_means
@@ -44,41 +46,60 @@ def plot(fit: Fit, kind: str) -> Figure:
 
 
 def gradient_norm(fit: Fit) -> Figure:
-    """Running mean of U with its interval, U at every look, and the envelope; theta and phi apart where both are."""
-    monitor = fit.state.monitor
-    present = [group for group in GROUPS if series(monitor, group) is not None]
+    """Running mean of U with its interval, U at every look, and the envelope; theta and phi apart where both are.
+
+    With several seeds U is averaged over them, and a thin line is the running mean of one.
+    """
+    monitors = _monitors(fit)
+    present = [group for group in GROUPS if series(monitors[0], group) is not None]
     panels = ["total", *present] if len(present) > 1 else ["total"]
     figure, axes = _figure(len(panels))
     for axis, name in zip(axes, panels, strict=True):
-        run = series(monitor, name)
+        run = _series(monitors, name)
         if run is None:
             _empty(axis, "no look has been taken yet: run more steps")
             continue
-        _norm_panel(axis, monitor, name, run)
+        _norm_panel(axis, monitors, name, run)
         if len(panels) > 1:
             axis.set_title(_TITLES[name])
         axis.set_xlabel("optimiser step")
     axes[0].set_ylabel(f"squared gradient norm, nats²{_per(fit, squared=True)}")
     _legend_below(figure, axes[0])
-    figure.suptitle(f"Squared gradient norm at random iterates ({monitor.label})")
+    over = monitors[0].label if len(monitors) == 1 else f"over {len(monitors)} seeds"
+    figure.suptitle(f"Squared gradient norm at random iterates ({over})")
     return figure
 
 
 def bound(fit: Fit) -> Figure:
-    """The bound over steps, whole run and its second half, with the intervals of the checks."""
+    """The bound over steps, whole run and its second half, with the intervals of the checks.
+
+    With several seeds the line is their mean and the band their range.
+    """
     figure, axes = _figure(2)
-    losses, per = fit.state.losses, _normaliser(fit)
-    if not losses:
+    seeds, per = fit.state.seeds, _normaliser(fit)
+    chunks: dict[tuple[int, int], list[float]] = {}
+    for one in seeds:
+        for begin, steps, loss in one.losses:
+            chunks.setdefault((begin, steps), []).append(-loss)
+    if not chunks:
         for axis in axes:
             _empty(axis, "no step has been made yet")
         return figure
-    first, count, loss = (np.array(column, dtype=float) for column in zip(*losses, strict=True))
-    middle, values = first + count / 2, -loss
-    checks = [(c.step, _divided(c.bound, per)) for c in fit.state.checks if c.bound.available]
+    first, count = np.array(sorted(chunks), dtype=float).T
+    middle = first + count / 2
+    rows = [chunks[key] for key in sorted(chunks)]
+    values, low, high = (np.array([float(of(row)) for row in rows]) for of in (np.mean, np.min, np.max))
+    checks = [(c.step, _divided(c.bound, per)) for one in seeds for c in one.checks if c.bound.available]
     last = float(first[-1] + count[-1])
+    of_seeds = f", {len(seeds)} seeds" if len(seeds) > 1 else ""
     for axis, start, title in ((axes[0], 0.0, "whole run"), (axes[1], last / 2, "second half")):
         shown = middle >= start
-        axis.plot(middle[shown], values[shown], color=BLUE, lw=0.8, label="training, mean of each chunk of steps")
+        label = f"training, mean of each chunk of steps{of_seeds}"
+        axis.plot(middle[shown], values[shown], color=BLUE, lw=0.8, label=label)
+        if len(seeds) > 1:
+            axis.fill_between(
+                middle[shown], low[shown], high[shown], color=BLUE, alpha=0.15, lw=0, label="range of the seeds"
+            )
         _intervals(axis, [(s, e) for s, e in checks if s >= start], ORANGE, "o", "check, at the returned parameters")
         axis.set_title(title)
         axis.set_xlabel("optimiser step")
@@ -91,9 +112,14 @@ def bound(fit: Fit) -> Figure:
 
 
 def gap(fit: Fit) -> Figure:
-    """Remaining gap, natural-gradient norm and paired improvement at every check, against the tolerance."""
+    """Remaining gap, natural-gradient norm and paired improvement at every check, against the tolerance.
+
+    With several seeds those of the best, and the gaps of the others as thin lines.
+    """
     figure, (axis,) = _figure(1)
-    checks = fit.state.checks
+    seeds = fit.state.seeds
+    best = fit.best if len(seeds) > 1 else 0
+    checks = seeds[best].checks
     if not checks:
         _empty(axis, "no check has been made yet: run more steps")
         return figure
@@ -115,11 +141,18 @@ def gap(fit: Fit) -> Figure:
             at = [step for step, estimate in points if not estimate.available]
             transform, label = axis.get_xaxis_transform(), f"{name}: not available"
             axis.plot(at, [0.03] * len(at), "x", color=colour, transform=transform, ms=7, label=label)
+    for index, one in enumerate(seeds):
+        gaps = [(c.step, c.gap.value) for c in one.checks if c.gap.value is not None]
+        if index != best and gaps:
+            numbers += [abs(value) for _, value in gaps]
+            first = index == (0 if best else 1)
+            label = "remaining gap of the other seeds" if first else "_"
+            axis.plot(*zip(*gaps, strict=True), color=GREY, lw=0.8, marker=".", ms=3, zorder=1, label=label)
     tol = fit.settings.tol
     axis.axhline(tol, color="black", ls="--", lw=1, label=f"tolerance {tol:g} nats")
     axis.axhline(0.0, color=GREY, lw=0.6)
     axis.set_xscale("log")
-    _step_ticks(axis, [c.step for c in checks])
+    _step_ticks(axis, sorted({c.step for one in seeds for c in one.checks}))
     axis.set_yscale("symlog", linthresh=tol)
     top = 10 ** math.ceil(math.log10(2.0 * max(numbers)))
     low = min([0.0, *(float(e.low) for c in checks for _, of, _, _ in parts if (e := of(c)).low is not None)])
@@ -127,7 +160,8 @@ def gap(fit: Fit) -> Figure:
     axis.set_xlabel("optimiser step of the check")
     axis.set_ylabel("nats (linear below the tolerance)")
     _legend_below(figure, axis)
-    figure.suptitle("Distance from the optimum at every check")
+    of_best = f", seed {fit.settings.seed + best}, the best of {len(seeds)}" if len(seeds) > 1 else ""
+    figure.suptitle(f"Distance from the optimum at every check{of_best}")
     if missing:
         width = int(figure.get_figwidth() * 15)
         lines = "\n".join(_wrapped(sentence, width) for sentence in missing)
@@ -139,7 +173,8 @@ def gap(fit: Fit) -> Figure:
 def rate(fit: Fit) -> Figure:
     """Running mean over the theorem's envelope with its slope, and the exponent of U with the plateau test."""
     figure, (left, right) = _figure(2)
-    run = series(fit.state.monitor)
+    monitors = _monitors(fit)
+    run = _series(monitors, "total")
     if run is None:
         for axis in (left, right):
             _empty(axis, "no look has been taken yet: run more steps")
@@ -150,7 +185,7 @@ def rate(fit: Fit) -> Figure:
         _empty(left, "the running mean is not positive: the envelope cannot be placed")
     else:
         _ratio_panel(left, run, constant, found.envelope_slope, found.window)
-    _points(right, run, _bounds_of(fit.state.monitor, "total"))
+    _points(right, run, _bounds_of(monitors, "total", run))
     _power_law(right, run, found.exponent, found.window, BLUE, "exponent of the last 1.5 decades")
     if found.plateau.window != found.window:
         _power_law(
@@ -179,10 +214,34 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _norm_panel(axis: Axes, monitor: MonitorState, name: str, run: Series) -> None:
-    _points(axis, run, _bounds_of(monitor, name))
+def _monitors(fit: Fit) -> list[MonitorState]:
+    """The looks that all seeds have which met no value that was not finite."""
+    return common(
+        [one.monitor for one in fit.state.seeds if not one.frozen] or [one.monitor for one in fit.state.seeds]
+    )
+
+
+def _series(monitors: Sequence[MonitorState], name: str) -> Series | None:
+    return series(monitors[0], name) if len(monitors) == 1 else mean_series(monitors, name)
+
+
+def _until(run: Series, count: int) -> Series:
+    return Series(*(column[:count] for column in run))
+
+
+def _norm_panel(axis: Axes, monitors: Sequence[MonitorState], name: str, run: Series) -> None:
+    _points(axis, run, _bounds_of(monitors, name, run))
     means = running_means(run.lengths, run.values)
-    ends = [running_mean(Series(*(column[: k + 1] for column in run))) for k in range(len(means))]
+    of_seeds = [one for monitor in monitors if (one := series(monitor, name)) is not None]
+    counts = range(1, len(means) + 1)
+    if len(of_seeds) == 1:
+        ends = [running_mean(_until(run, k)) for k in counts]
+    else:
+        ends = [expected_norm([_until(one, k) for one in of_seeds], _until(run, k)) for k in counts]
+        for index, one in enumerate(of_seeds):
+            own = running_means(one.lengths, one.values)
+            label = "running mean of one seed" if index == 0 else "_"
+            axis.plot(one.stops[own > 0], own[own > 0], color=BLUE, lw=0.5, alpha=0.5, label=label)
     positive = means > 0
     band = np.array([[e.low if e.low is not None else np.nan, e.high if e.high is not None else np.nan] for e in ends])
     bottom = axis.get_ylim()[0]
@@ -224,9 +283,14 @@ def _points(axis: Axes, run: Series, ends: Array) -> None:
         )  # fmt: skip
 
 
-def _bounds_of(monitor: MonitorState, name: str) -> Array:
-    norms = [norm for look in monitor.looks if (norm := look.norm(name)) is not None]
-    return np.array([[norm.low, norm.high] for norm in norms], dtype=float)
+def _bounds_of(monitors: Sequence[MonitorState], name: str, run: Series) -> Array:
+    """Interval of U at every look, or of its mean over seeds."""
+    norms = [norm for look in monitors[0].looks if (norm := look.norm(name)) is not None]
+    if len(monitors) == 1:
+        return np.array([[norm.low, norm.high] for norm in norms], dtype=float)
+    quantile = student_quantile(0.95, len(monitors) * (norms[0].num_gradients - 1))
+    looks = zip(run.values.tolist(), run.slopes.tolist(), run.floors.tolist(), strict=True)
+    return np.array([norm_ends(u, slope, floor, quantile) for u, slope, floor in looks], dtype=float)
 
 
 def _ratio_panel(axis: Axes, run: Series, constant: float, slope: Estimate, window: tuple[int, int] | None) -> None:

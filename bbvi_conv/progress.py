@@ -21,7 +21,10 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task(f"{self._run.engine.name} engine", total=self._total, status="", speed="")
+            seeds = f", {len(self._run.seeds)} seeds" if len(self._run.seeds) > 1 else ""
+            self._task = self._bar.add_task(
+                f"{self._run.engine.name} engine{seeds}", total=self._total, status="", speed=""
+            )
         return self
 
     def __exit__(

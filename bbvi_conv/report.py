@@ -99,7 +99,8 @@ def render(fit: Fit) -> str:
         sentence=OUTCOMES[verdict.outcome],
         reasons=verdict.reasons,
         rows=number_rows(verdict.numbers, fit.settings.tol),
-        checks=[_check_row(check) for check in fit.state.checks],
+        checks=[_check_row(check) for check in fit.state.seeds[fit.best].checks],
+        seeds=_seed_rows(verdict.numbers),
         figures=figures,
         facts=_facts(fit),
         sites=[_site_row(site, kind) for kind, sites in _sites(fit) for site in sites],
@@ -128,7 +129,14 @@ def number_rows(numbers: Mapping[str, Any], tolerance: float) -> list[Row]:
         _row("bound, nats", numbers["bound"], "", "at the returned parameters, whole data"),
     ]
     for group, words in (("total", "all parameters"), ("theta", "generative (theta)"), ("phi", "variational (phi)")):
-        rows.append(_row(f"squared gradient norm, {words}", norms[group], "", f"mean over {norms['over']}, {unit}"))
+        rows.append(
+            _row(
+                f"squared gradient norm, {words}",
+                norms[group],
+                "",
+                f"mean over {norms['over'].removeprefix('over ')}, {unit}",
+            )
+        )
     rows += [
         _row("slope against the envelope", rate["envelope_slope"], "≤ 0", "running mean over C log n / √n"),
         _row("exponent of the squared norm", rate["exponent"], "< 0", "over the last 1.5 decades of steps"),
@@ -162,6 +170,30 @@ def _short(value: float | None) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def _seed_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
+    """A line for every seed, where there are several."""
+    if "seeds" not in numbers:
+        return []
+
+    def cell(own: Mapping[str, Any], name: str) -> str:
+        number = own.get(name)
+        if number is None or number["value"] is None:
+            return "-"
+        return f"{_short(number['value'])} [{_short(number['low'])}, {_short(number['high'])}]"
+
+    names = ("remaining_gap_nats", "bound", "below_best_nats", "distance_sd")
+    best = numbers["seeds"]["best"]
+    return [
+        [
+            f"{own['seed']}, returned" if own["seed"] == best else str(own["seed"]),
+            own["outcome"],
+            f"{own['steps']:,}",
+            *(cell(own, name) for name in names),
+        ]
+        for own in numbers["seeds"]["each"]
+    ]
 
 
 def _check_row(check: Any) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -15,7 +16,8 @@ from bbvi_conv.engine.engine import Carry, Engine, start_carry
 from bbvi_conv.engine.streams import Stream
 from bbvi_conv.families import MeanField
 from bbvi_conv.monitor.judge import WIDE, Check, Judge, width
-from bbvi_conv.monitor.state import MonitorState, Summary, look, summary, update
+from bbvi_conv.monitor.seeds import over_seeds
+from bbvi_conv.monitor.state import MonitorState, Summary, look, update
 from bbvi_conv.monitor.strata import Strata
 from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
 from bbvi_conv.optim import Adam, Constant, InverseSqrt, Optimiser, empty_average
@@ -41,6 +43,7 @@ class Settings:
         max_steps: steps at most.
         tol: tolerance on the remaining gap, in total nats.
         seed: seed of every stream of noise.
+        num_seeds: S, independent runs at once, of the seeds ``seed .. seed + S - 1``.
         engine: ``"auto"``, ``"eager"``, ``"traced"`` or ``"compiled"``.
         device: where it runs.
         dtype: float type, or None for the default by size.
@@ -60,6 +63,7 @@ class Settings:
     max_steps: int = 20_000
     tol: float = 0.01
     seed: int = 0
+    num_seeds: int = 1
     engine: str = "auto"
     device: str = "cpu"
     dtype: torch.dtype | None = None
@@ -80,7 +84,7 @@ class Settings:
         return self.optimiser or Adam(Constant(1e-3) if self.minibatch else InverseSqrt(0.3))
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "window", "khat_draws"):
+        for name in ("max_steps", "window", "khat_draws", "num_seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_gradients < 4:
@@ -97,6 +101,8 @@ class Settings:
 class FitState(NamedTuple):
     """Everything a run is between two looks: plain data, enough to go on from.
 
+    With several seeds it is the state of the first, which holds those of the others; :attr:`seeds` lists them all.
+
     Attributes:
         carry: iterate, optimiser state, average of the current window, step.
         window_start: step at which the current window began.
@@ -104,8 +110,9 @@ class FitState(NamedTuple):
         monitor: looks so far.
         checks: checks so far.
         losses: ``(first step, steps, mean loss)`` of each chunk; per datum when a plate is subsampled.
-        seconds: time spent on steps, monitor, compile and export.
-        done: whether the stopping rule has fired.
+        seconds: time spent on steps, monitor, compile and export; by all seeds together, kept by the first.
+        done: whether the stopping rule has fired for this seed.
+        others: the states of the seeds after the first.
     """
 
     carry: Carry
@@ -116,11 +123,32 @@ class FitState(NamedTuple):
     losses: tuple[tuple[int, int, float], ...] = ()
     seconds: Mapping[str, float] = {}
     done: bool = False
+    others: tuple[FitState, ...] = ()
 
     @property
     def step(self) -> int:
-        """Optimiser steps made."""
-        return int(self.carry.step)
+        """Optimiser steps made, by the seed that made most."""
+        return max(int(one.carry.step) for one in (self, *self.others))
+
+    @property
+    def seeds(self) -> tuple[FitState, ...]:
+        """The state of every seed."""
+        return (self._replace(others=()), *self.others)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether this seed met a value that was not finite, and goes no further."""
+        return int(self.carry.bad) >= 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether this seed is done or frozen."""
+        return self.done or self.frozen
+
+
+def joined(states: Sequence[FitState]) -> FitState:
+    """The state of a run from those of its seeds: the inverse of ``state.seeds``."""
+    return states[0]._replace(others=tuple(states[1:]))
 
 
 class OnLook(Protocol):
@@ -130,9 +158,9 @@ class OnLook(Protocol):
 
 
 def returned(state: FitState, settings: Settings) -> Tensor:
-    """The parameters a run returns: the mean iterate of the last window, or of the one before while it is short."""
+    """The parameters one seed returns: the mean iterate of the last window, or of the one before while it is short."""
     carry = state.carry
-    if settings.average == "last" or int(carry.bad) >= 0:
+    if settings.average == "last" or state.frozen:
         return carry.x
     count = int(carry.average.steps)
     if state.previous is not None and 4 * count < state.window_start:
@@ -141,8 +169,12 @@ def returned(state: FitState, settings: Settings) -> Tensor:
 
 
 def figures(state: FitState) -> Summary:
-    """Gradient norms and rates of the run so far, over the iterates 0 .. n."""
-    return summary(state.monitor, steps=state.step + 1 if state.monitor.looks else None)
+    """Gradient norms and rates of the run so far, over the iterates 0 .. n.
+
+    With several seeds over all that are not frozen, and n is the step that all of them reached.
+    """
+    whole = [one for one in state.seeds if not one.frozen] or state.seeds
+    return over_seeds([one.monitor for one in whole], steps=min(one.step for one in whole) + 1)
 
 
 class _Stage(NamedTuple):
@@ -154,7 +186,11 @@ class _Stage(NamedTuple):
 
 
 class Run:
-    """A program under its settings: moves a :class:`FitState` forward. One look per stratum, one check per window."""
+    """A program under its settings: moves a :class:`FitState` forward. One look per stratum, one check per window.
+
+    Several seeds go side by side. Each is the run that it would be alone, with its own start, noise, checks and end;
+    only the steps looked at are those drawn for the first seed, so that one evaluation serves all.
+    """
 
     def __init__(
         self,
@@ -167,6 +203,11 @@ class Run:
         start = clock()
         self.normaliser = float(program.total) if program.minibatch and settings.normalise == "datum" else 1.0
         self.schedule, self.held_out = settings.bound(), held_out
+        if settings.num_seeds > 1 and isinstance(self.schedule, GrowingParticles) and self.schedule.snr is not None:
+            raise ValueError(
+                "GrowingParticles with snr follows the signal of one run: use num_seeds=1, or snr=None for a plan that "
+                "all seeds share"
+            )
         if self.schedule.at(0, ()).analytic_kl:
             program.analytic = closed_form_sites(program)
         self._stages: dict[Objective, _Stage] = {}
@@ -174,6 +215,17 @@ class Run:
         dear = width(self.engine.calculus) > WIDE or not self.engine.calculus.vectorise
         self.strata = settings.strata or (SPARSE if dear else Strata())
         self.compile_seconds = clock() - start
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the run."""
+        return range(self.settings.seed, self.settings.seed + self.settings.num_seeds)
+
+    def of_seed(self, seed: int) -> Run:
+        """The run of one of the seeds alone."""
+        other = copy.copy(self)
+        other.settings, other._stages = replace(self.settings, seed=seed, num_seeds=1), {}
+        return other
 
     def _enter(self, objective: Objective, step: int = 0) -> None:
         """Make ``objective`` the one in force: engine, judge and noise of its own, kept for when it comes back."""
@@ -185,6 +237,7 @@ class Run:
                 objective,
                 settings.rule(),
                 normaliser=self.normaliser,
+                num_seeds=settings.num_seeds,
                 steps=min(self.schedule.next_change(step) or settings.max_steps, settings.max_steps) - step,
             )
             judge = Judge(
@@ -194,102 +247,143 @@ class Run:
                 tolerance=settings.tol,
                 held_out=self.held_out,
             )
-            stream = Stream(self.program, settings.seed, "optimise", objective.draws)
+            stream = self._stream(objective, settings.num_seeds)
             self._stages[objective] = _Stage(engine, judge, stream)
         self.objective = objective
         self.engine, self.judge, self.stream = self._stages[objective]
 
-    def start(self, x: Tensor) -> FitState:
-        """The state before the first step."""
-        return FitState(start_carry(self.settings.rule(), x), seconds={"compile": self.compile_seconds})
+    def _stream(self, objective: Objective, num_seeds: int) -> Stream:
+        return Stream(self.program, self.settings.seed, "optimise", objective.draws, num_seeds=num_seeds)
+
+    def start(self, *starts: Tensor) -> FitState:
+        """The state before the first step, from the parameters of every seed."""
+        if len(starts) != len(self.seeds):
+            raise ValueError(f"a run of {len(self.seeds)} seeds needs as many starts, got {len(starts)}")
+        rule = self.settings.rule()
+        state = joined([FitState(start_carry(rule, x)) for x in starts])
+        return state._replace(seconds={"compile": self.compile_seconds})
 
     def advance(self, state: FitState, max_steps: int, on_event: Callable[[FitState, bool], None]) -> FitState:
         """Go on until done, not finite, or ``max_steps``; ``on_event(state, looked)`` after every chunk.
 
         A check that :meth:`finish` made inside a window is dropped, so that a resumed run decides as one never stopped.
         """
-        if not state.done and state.step < max_steps:
-            state = state._replace(checks=tuple(c for c in state.checks if c.step <= state.window_start))
-        while not state.done and int(state.carry.bad) < 0:
-            step = state.step
-            index = len(state.monitor.looks)
+        left = [not one.ended and one.step < max_steps for one in state.seeds]
+        state = self._each(state, left, lambda _, one: _without_late_checks(one))
+        while any(left := [not one.ended and one.step < max_steps for one in state.seeds]):
+            step = min(one.step for one, goes in zip(state.seeds, left, strict=True) if goes)
+            active = [goes and one.step == step for one, goes in zip(state.seeds, left, strict=True)]
+            moving = [one for one, goes in zip(state.seeds, active, strict=True) if goes]
+            index = len(moving[0].monitor.looks)
             look_at = self.strata.random_step(self.settings.seed, index)
-            self._enter(self.schedule.at(step, state.monitor.looks), step)
-            if step == look_at and step < max_steps:
-                state = self._look(state, index)
+            self._enter(self.schedule.at(step, moving[0].monitor.looks), step)
+            if step == look_at:
+                state = self._look(state, active, index, step)
                 on_event(state, True)
                 continue
-            if step >= max_steps:
-                break
-            window_end = self._window_end(state)
+            ahead = [one.step for one, goes in zip(state.seeds, left, strict=True) if goes and one.step > step]
+            window_end = min(self._window_end(one) for one in moving)
             block_end = (step // BLOCK + 1) * BLOCK
             change = self.schedule.next_change(step) or block_end
-            state = self._chunk(state, min(look_at, window_end, max_steps, block_end, change) - step)
-            looked = state.step == window_end and int(state.carry.bad) < 0
-            if looked:
-                state = self._close_window(state)
-            on_event(state, looked)
+            end = min(look_at, window_end, max_steps, block_end, change, *ahead)
+            state = self._chunk(state, active, step, end - step)
+            closing = [
+                goes and not one.frozen and one.step == self._window_end(one)
+                for one, goes in zip(state.seeds, active, strict=True)
+            ]
+            if any(closing):
+                state = self._close_window(state, closing)
+            on_event(state, any(closing))
         return state
 
     def finish(self, state: FitState) -> FitState:
-        """A check of the returned parameters, if the last one was of others."""
-        made = state.checks[-1].step if state.checks else -1
-        if int(state.carry.bad) >= 0 or state.step == 0 or made == state.step:
+        """A check of the returned parameters of every seed, if its last one was of others."""
+        start = self.clock()
+
+        def check(seed: int, one: FitState) -> FitState:
+            made = one.checks[-1].step if one.checks else -1
+            if one.step == 0 or made == one.step:
+                return one
+            x = returned(one, self.settings)
+            return one if x is one.previous and made >= one.window_start else self._check(seed, one, x)
+
+        checked = self._each(state, [not one.frozen for one in state.seeds], check)
+        if all(now.checks is old.checks for now, old in zip(checked.seeds, state.seeds, strict=True)):
             return state
-        x = returned(state, self.settings)
-        if x is state.previous and made >= state.window_start:
-            return state
-        return self._check(state, x)
+        return self._timed(checked, "monitor", start)
+
+    def compare(self, state: FitState) -> Tensor:
+        """Losses ``(S, n)`` of what each seed returns, in total nats, on the same noise."""
+        self._enter(self.schedule.at(state.step, state.monitor.looks))
+        return self.judge.compare([returned(one, self.settings) for one in state.seeds])
+
+    def _each(self, state: FitState, which: Sequence[bool], move: Callable[[int, FitState], FitState]) -> FitState:
+        """Move some of the seeds."""
+        triples = zip(self.seeds, state.seeds, which, strict=True)
+        return joined([move(seed, one) if goes else one for seed, one, goes in triples])
 
     def _window_end(self, state: FitState) -> int:
         return 2 * state.window_start if state.window_start else self.settings.window
 
-    def _timed(self, state: FitState, name: str, start: float) -> dict[str, float]:
+    def _timed(self, state: FitState, name: str, start: float) -> FitState:
+        """The state with the time since ``start`` added."""
         seconds = dict(state.seconds)
         seconds[name] = seconds.get(name, 0.0) + self.clock() - start
-        return seconds
+        return state._replace(seconds=seconds)
 
-    def _chunk(self, state: FitState, count: int) -> FitState:
-        start, step = self.clock(), state.step
-        carry, losses = self.engine.advance(state.carry, self.stream, step, count)
-        made = int(carry.step) - step
-        record = ((step, made, float(losses[:made].mean())),) if made else ()
-        return state._replace(carry=carry, losses=(*state.losses, *record), seconds=self._timed(state, "steps", start))
-
-    def _look(self, state: FitState, index: int) -> FitState:
+    def _chunk(self, state: FitState, active: Sequence[bool], step: int, count: int) -> FitState:
+        """Steps of the active seeds; the engine moves the others as well, which is not kept."""
         start = self.clock()
-        grams, losses = self.judge.grams(state.carry.x, index, state.step)
-        if not all(bool(gram.isfinite().all()) for gram in grams.values()):
-            frozen = state.carry._replace(bad=state.carry.step.clone())
-            return state._replace(carry=frozen, seconds=self._timed(state, "monitor", start))
-        entry = look(
-            state.step,
-            index,
-            self.strata.bounds(index),
-            grams,
-            bound=-float(losses.mean()),
-            bound_error=float(losses.std()) / len(losses) ** 0.5,
-            noise=self.judge.noise(state.carry.x, index, state.step),
+        carry, losses = self.engine.advance(Carry.stack([one.carry for one in state.seeds]), self.stream, step, count)
+        made = dict(
+            zip(self.seeds, zip(carry.unstack(), losses.reshape(count, -1).unbind(1), strict=True), strict=True)
         )
-        return state._replace(monitor=update(state.monitor, entry), seconds=self._timed(state, "monitor", start))
 
-    def _check(self, state: FitState, x: Tensor) -> FitState:
+        def move(seed: int, one: FitState) -> FitState:
+            own, column = made[seed]
+            steps = int(own.step) - one.step
+            record = ((step, steps, float(column[:steps].mean())),) if steps else ()
+            return one._replace(carry=own, losses=(*one.losses, *record))
+
+        return self._timed(self._each(state, active, move), "steps", start)
+
+    def _look(self, state: FitState, active: Sequence[bool], index: int, step: int) -> FitState:
         start = self.clock()
-        check = self.judge.check(state.step, x, state.previous)
-        return state._replace(checks=(*state.checks, check), seconds=self._timed(state, "monitor", start))
+        triples = zip(self.seeds, state.seeds, active, strict=True)
+        seen = self.judge.look({seed: one.carry.x for seed, one, goes in triples if goes}, index, step)
 
-    def _close_window(self, state: FitState) -> FitState:
-        x = returned(state._replace(previous=None), self.settings)
-        state = self._check(state, x)
-        settled = self.schedule.settled(state.step, state.monitor.looks)
-        if settled and is_done(state.checks, self.trend(state)[0], self.settings.tol):
-            return state._replace(done=True)
-        return self.next_window(state, x)
+        def note(seed: int, one: FitState) -> FitState:
+            grams, losses, noise = seen[seed]
+            if not all(bool(gram.isfinite().all()) for gram in grams.values()):
+                return one._replace(carry=one.carry._replace(bad=one.carry.step.clone()))
+            bound, error = -float(losses.mean()), float(losses.std()) / len(losses) ** 0.5
+            entry = look(step, index, self.strata.bounds(index), grams, bound=bound, bound_error=error, noise=noise)
+            return one._replace(monitor=update(one.monitor, entry))
 
-    def next_window(self, state: FitState, x: Tensor) -> FitState:
-        """Begin a window; ``x`` is what the last one returned."""
-        carry = state.carry._replace(average=empty_average(state.carry.x))
-        return state._replace(carry=carry, previous=x.clone(), window_start=state.step, done=False)
+        return self._timed(self._each(state, active, note), "monitor", start)
+
+    def _check(self, seed: int, state: FitState, x: Tensor) -> FitState:
+        check = self.judge.of_seed(seed).check(state.step, x, state.previous)
+        return state._replace(checks=(*state.checks, check))
+
+    def _close_window(self, state: FitState, closing: Sequence[bool]) -> FitState:
+        """Check the seeds whose window ends; each is done, or begins another."""
+        start = self.clock()
+
+        def close(seed: int, one: FitState) -> FitState:
+            x = returned(one._replace(previous=None), self.settings)
+            one = self._check(seed, one, x)
+            settled = self.schedule.settled(one.step, one.monitor.looks)
+            if settled and is_done(one.checks, self.trend(one)[0], self.settings.tol):
+                return one._replace(done=True)
+            return _next_window(one, x)
+
+        return self._timed(self._each(state, closing, close), "monitor", start)
+
+    def next_window(self, state: FitState) -> FitState:
+        """Let the seeds that are done go on: what they returned is what their next window is compared with."""
+        done = [one.done for one in state.seeds]
+        return self._each(state, done, lambda _, one: _next_window(one, returned(one, self.settings)))
 
     def trend(self, state: FitState) -> tuple[Any, str]:
         """Trend of the squared gradient norm, and its sentence."""
@@ -297,11 +391,20 @@ class Run:
         return plateau.trend, plateau.reason
 
     def failure(self, state: FitState) -> str:
-        """Which site at which step was not finite first; empty while all is well."""
+        """Which site at which step of this seed was not finite first; empty while all is well."""
         bad = int(state.carry.bad)
         if bad < 0:
             return ""
-        self._enter(self.schedule.at(state.step, state.monitor.looks))
-        feed = next(self.stream.steps(bad, 1))
+        stream = self._stream(self.schedule.at(state.step, state.monitor.looks), 1)
+        feed = next(stream.steps(bad, 1))
         where = self.program.first_bad_site(state.carry.x, feed.noise.at(0), feed.batch(self.program, 0))
         return f"step {bad}: {where}"
+
+
+def _next_window(state: FitState, x: Tensor) -> FitState:
+    carry = state.carry._replace(average=empty_average(state.carry.x))
+    return state._replace(carry=carry, previous=x.clone(), window_start=state.step, done=False)
+
+
+def _without_late_checks(state: FitState) -> FitState:
+    return state._replace(checks=tuple(c for c in state.checks if c.step <= state.window_start))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from bbvi_conv.monitor.intervals import Estimate
 from bbvi_conv.monitor.judge import Check
+from bbvi_conv.monitor.seeds import FAR, Agreement
 from bbvi_conv.monitor.trend import Trend
 
 Outcome = Literal["converged", "slow", "stalled", "diverged", "wrong_family", "multimodal", "undecided"]
@@ -149,6 +150,65 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
     if evidence.interrupted:
         reasons.append(f"stopped by the user at step {last.step}")
     return Verdict(outcome, tuple(reasons))
+
+
+_WORST: tuple[Outcome, ...] = ("diverged", "stalled", "slow", "undecided")
+"""Outcomes of a seed that is not done, the first that occurs names that of all."""
+
+
+def decide_seeds(verdicts: Mapping[int, Verdict], best: int, agreement: Agreement) -> Verdict:
+    """One outcome for several seeds: converged only if all are, and all in the same place.
+
+    Args:
+        verdicts: on every seed by itself.
+        best: the seed with the highest bound, whose parameters are returned.
+        agreement: of the others with it.
+    """
+    outcomes = {seed: verdict.outcome for seed, verdict in verdicts.items()}
+    reasons = [f"seed {best}, with the highest bound of {len(verdicts)} seeds, is returned"]
+    reasons += [f"seed {best}: {reason}" for reason in verdicts[best].reasons]
+    unsettled = {seed: outcome for seed, outcome in outcomes.items() if outcome in _WORST}
+    if unsettled:
+        named = ", ".join(f"seed {seed} {outcome}" for seed, outcome in unsettled.items())
+        reasons.append(f"{len(outcomes) - len(unsettled)} of {len(outcomes)} seeds converged; not: {named}")
+    else:
+        reasons.append(f"all {len(outcomes)} seeds converged")
+    reasons += _agreement(agreement)
+    if not unsettled:
+        if not agreement.disagree:
+            return Verdict(outcomes[best], tuple(reasons))
+        reasons.append(
+            "the optimum that is found depends on the start: use a family that can hold several modes, or "
+            "reparameterise the model; fit.seeds holds what each seed found"
+        )
+        return Verdict("multimodal", tuple(reasons))
+    outcome = next(one for one in _WORST if one in unsettled.values())
+    if unsettled.get(best) != outcome:
+        seed = next(seed for seed, one in unsettled.items() if one == outcome)
+        reasons += [f"seed {seed}: {reason}" for reason in verdicts[seed].reasons]
+    return Verdict(outcome, tuple(reasons))
+
+
+def _agreement(agreement: Agreement) -> list[str]:
+    """Which seeds agree with the best, and by what."""
+    lines = []
+    for name, unit, compared in (
+        ("bound below that of the best", "nats", agreement.shortfall),
+        ("posterior mean away from that of the best", "standard deviations", agreement.distance),
+    ):
+        known = {seed: e.low for seed, e in compared.items() if e.low is not None}
+        if known:
+            furthest = max(known, key=lambda seed: known[seed])
+            lines.append(f"largest distance between seeds, {name}: {show(compared[furthest], unit)}, seed {furthest}")
+        elif compared:
+            lines.append(f"{name}: {show(next(iter(compared.values())))}")
+    if agreement.disagree:
+        named = ", ".join(map(str, agreement.disagree))
+        lines.append(
+            f"found something else than seed {agreement.best}: seed {named} (a bound lower by more than the tolerance, "
+            f"or a mean more than {FAR:g} standard deviations away)"
+        )
+    return lines
 
 
 _ADVICE: dict[Outcome, str] = {

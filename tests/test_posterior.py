@@ -447,7 +447,7 @@ def test_local_latents_are_exported_row_by_row() -> None:
 
 
 def test_an_export_beyond_the_cap_keeps_the_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "__kwdefaults__", {"step": 1, "cap": 3 * 100 * 20})
+    monkeypatch.setattr(plan, "__kwdefaults__", {"step": 1, "parts": 1, "cap": 3 * 100 * 20})
     program, at, x = local_program()
     out = from_program(program, at, num_samples=100)
     assert out.coords["data"].tolist() == list(range(20))

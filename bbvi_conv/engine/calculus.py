@@ -142,21 +142,22 @@ class Calculus:
     # ---- many evaluations ----
 
     def _map(self, name: str, x: Tensor, feed: Feed, step: float, *more: Tensor) -> Any:
-        """Map a method over the J evaluations of a feed, in pieces that fit in memory."""
+        """Map a method over the J evaluations of a feed, in pieces that fit in memory, at one ``x`` or one for each."""
         more = (torch.full((), step, dtype=x.dtype, device=x.device), *more)
-        count = len(feed.noise.normal)
+        count, many = len(feed.noise.normal), x.dim() == 2
         first = feed.batch(self.program, 0)
-        widest = max(len(x), sum(self.program.layout), *(a.numel() for a in first.args), 1)
+        widest = max(x.shape[-1], sum(self.program.layout), *(a.numel() for a in first.args), 1)
         piece = max(1, min(count, CHUNK // (widest * self.objective.draws)))
-        function = self.function(name, x, feed.noise.at(0), first, *more)
+        function = self.function(name, x[0] if many else x, feed.noise.at(0), first, *more)
         results = []
         with buffers_kept(() if self.traced else self.program.modules):
             for start in range(0, count, piece):
                 part = slice(start, start + piece)
                 batch = feed.batch(self.program, part)
-                flags = [False, True, True, *(feed.moving for _ in batch.args)]
+                flags = [many, True, True, *(feed.moving for _ in batch.args)]
                 flags += [True] * (batch.indices is not None) + [False] * len(more)
-                results.append(self._over_draws(function, flags, _flatten(x, feed.noise.at(part), batch, *more)))
+                at = x[part] if many else x
+                results.append(self._over_draws(function, flags, _flatten(at, feed.noise.at(part), batch, *more)))
         if isinstance(results[0], tuple):
             return tuple(torch.cat(column) for column in zip(*results, strict=True))
         return torch.cat(results)
@@ -171,7 +172,10 @@ class Calculus:
         return over_draws(function, mapped, vectorise=False)(*flat)
 
     def gradients(self, x: Tensor, feed: Feed, *, step: float = math.inf) -> tuple[Tensor, Tensor]:
-        """J independent gradients ``(J, P)`` and losses ``(J,)`` at ``x``; schedules as at ``step``, or at the end."""
+        """J independent gradients ``(J, P)`` and losses ``(J,)`` at ``x``; schedules as at ``step``, or at the end.
+
+        ``x`` is one point ``(P,)``, or a point for each evaluation ``(J, P)``.
+        """
         grads, losses = self._map("_gradient", x, feed, step)
         return grads, losses
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bbvi_conv.engine.calculus import Calculus
-from bbvi_conv.engine.streams import Feed, Stream
+from bbvi_conv.engine.calculus import CHUNK, Calculus
+from bbvi_conv.engine.streams import Feed, Stream, feed_of_all
 from bbvi_conv.monitor.control import Control, fit_control, pilot_draws
 from bbvi_conv.monitor.distance import DENSE, PRODUCTS, half_norm, half_norm_by_products, paired_improvement, scaled
 from bbvi_conv.monitor.gradient_norm import gram_matrix
@@ -90,6 +91,20 @@ class Check(NamedTuple):
     bound: Estimate
 
 
+class Seen(NamedTuple):
+    """What a look sees of one seed.
+
+    Attributes:
+        grams: Gram matrix ``(J, J)`` per group of parameters, by the quietest estimator.
+        losses: ``(J,)``.
+        noise: trace of the covariance of one gradient that trains, per group; None where looks are by that estimator.
+    """
+
+    grams: dict[str, Tensor]
+    losses: Tensor
+    noise: dict[str, float] | None
+
+
 def quietest(calculus: Calculus) -> tuple[Calculus, str]:
     """The same gradient by the least noisy valid estimator; or ``calculus`` itself, and the reason why."""
     objective = calculus.objective.quietest()
@@ -144,22 +159,48 @@ class Judge:
     def _feed(self, calculus: Calculus, stream: str, key: int, count: int) -> Feed:
         return Stream(calculus.program, self.seed, stream, calculus.objective.draws).once(key, count)
 
+    def of_seed(self, seed: int) -> Judge:
+        """The same judge with the noise of another seed."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
     # ---- looks ----
 
-    def grams(self, x: Tensor, stratum: int, step: float = math.inf) -> tuple[dict[str, Tensor], Tensor]:
-        """Gram matrix of J gradients per group of parameters, and their losses ``(J,)``; schedules as at ``step``."""
-        feed = self._feed(self.quiet, "monitor", stratum, self.count)
-        grads, losses = self.quiet.gradients(x, feed, step=step)
-        return grams_by_group(self.calculus.program, grads), losses
+    def look(self, points: Mapping[int, Tensor], stratum: int, step: float = math.inf) -> dict[int, Seen]:
+        """What J gradients say at the point of each seed, by its own noise; schedules as at ``step``."""
+        quiet = self._gradients(self.quiet, points, stratum, self.count, step)
+        noise: dict[int, dict[str, float] | None] = dict.fromkeys(points)
+        if self.quiet is not self.calculus:
+            few = self._gradients(self.calculus, points, stratum, min(self.count, TRAINING_GRADIENTS), step)
+            noise = {seed: self._traces(grads) for seed, (grads, _) in few.items()}
+        program = self.calculus.program
+        return {s: Seen(grams_by_group(program, grads), losses, noise[s]) for s, (grads, losses) in quiet.items()}
 
-    def noise(self, x: Tensor, stratum: int, step: float = math.inf) -> dict[str, float] | None:
-        """Trace of the covariance of one gradient that trains, per group; None where looks are by that estimator."""
-        if self.quiet is self.calculus:
-            return None
-        feed = self._feed(self.calculus, "monitor", stratum, min(self.count, TRAINING_GRADIENTS))
-        spread = self.calculus.gradients(x, feed, step=step)[0].to(torch.float64).var(0)
+    def _gradients(
+        self, calculus: Calculus, points: Mapping[int, Tensor], stratum: int, count: int, step: float
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """J gradients ``(J, P)`` and losses ``(J,)`` by seed; all seeds in one evaluation while they are narrow."""
+        draws = calculus.objective.draws
+        feeds = {s: Stream(calculus.program, s, "monitor", draws).once(stratum, count) for s in points}
+        if len(points) == 1 or len(points) * count * width(calculus) > CHUNK:
+            return {s: calculus.gradients(x, feeds[s], step=step) for s, x in points.items()}
+        at = torch.stack(list(points.values())).repeat_interleave(count, 0)
+        grads, losses = calculus.gradients(at, feed_of_all(list(feeds.values())), step=step)
+        parts = zip(torch.split(grads, count), torch.split(losses, count), strict=True)
+        return dict(zip(points, parts, strict=True))
+
+    def _traces(self, gradients: Tensor) -> dict[str, float]:
+        """Trace of the covariance of one gradient, per group."""
+        spread = gradients.to(torch.float64).var(0)
         groups = self.calculus.program.groups
         return {g: float(spread[groups[g]].sum()) for g in GROUPS if groups[g].stop > groups[g].start}
+
+    def compare(self, points: Sequence[Tensor]) -> Tensor:
+        """Losses ``(S, n)`` of S points in total nats, on the same noise and rows, which no check has seen."""
+        spent = self._effort(self.compared, len(points[0]))
+        feed = self._feed(self.compared, "compare seeds", 0, spent.most)
+        return torch.stack([self.compared.losses(x, feed) for x in points]) * self.calculus.normaliser
 
     # ---- checks ----
 

@@ -212,7 +212,7 @@ def summary(state: MonitorState, *, steps: int | None = None, level: float = 0.9
     runs = {name: series(state, name, steps=steps) for name in FIGURES}
     whole = runs["total"]
     covered = 0 if whole is None else int(whole.lengths.sum())
-    means = {name: _no_figure(state, name) if run is None else running_mean(run, level) for name, run in runs.items()}
+    means = {name: no_figure(state, name) if run is None else running_mean(run, level) for name, run in runs.items()}
     latest = {name: _latest(state, name) for name in FIGURES}
     nothing = Series(*(np.empty(0) for _ in Series._fields))
     return Summary(
@@ -227,7 +227,7 @@ def signal_to_noise(state: MonitorState, figure: str, *, level: float = 0.95) ->
     """
     latest = [(norm, entry.noise.get(figure, 0.0)) for entry in state.looks[-LATEST:] if (norm := entry.norm(figure))]
     if not latest:
-        return _no_figure(state, figure)
+        return no_figure(state, figure)
     count = len(latest)
     trace = sum(noise for _, noise in latest) / count
     if trace <= 0.0:
@@ -282,7 +282,8 @@ def _array(values: Iterable[float]) -> Array:
     return np.array(list(values), dtype=np.float64)
 
 
-def _no_figure(state: MonitorState, name: str) -> Estimate:
+def no_figure(state: MonitorState, name: str) -> Estimate:
+    """Why there is no figure of that name."""
     if not state.looks:
         return unavailable("no look has been taken yet: run more steps")
     return unavailable(f"the model and guide have no {name} parameters")
@@ -290,7 +291,7 @@ def _no_figure(state: MonitorState, name: str) -> Estimate:
 
 def _latest(state: MonitorState, name: str) -> Estimate:
     norm = state.looks[-1].norm(name) if state.looks else None
-    return _no_figure(state, name) if norm is None else norm.estimate
+    return no_figure(state, name) if norm is None else norm.estimate
 
 
 def _row(state: MonitorState, level: float) -> list[float | int | None]:

@@ -10,12 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bbvi_conv.posterior.neutral import SAMPLE, Neutral, neutral
+from bbvi_conv.posterior.neutral import CHAIN, SAMPLE, Neutral, neutral
 
 if TYPE_CHECKING:
     from bbvi_conv.fitting import Fit
-
-CHAIN = "the chain dimension has length 1 because ArviZ's format asks for one"
 
 
 def installed(package: str) -> bool:
@@ -51,7 +49,7 @@ def to_arviz(fit: Fit, num_samples: int = 1000) -> Any:
 
     Args:
         fit: the fit.
-        num_samples: independent draws of q.
+        num_samples: independent draws of q, for each seed: a chain is a seed.
 
     Returns:
         ``arviz.InferenceData`` (0.2x) or ``xarray.DataTree`` (1.x).
@@ -66,7 +64,7 @@ def to_arviz(fit: Fit, num_samples: int = 1000) -> Any:
 def to_inference_data(exported: Neutral) -> Any:
     """The neutral dict as ``InferenceData`` of ArviZ 0.2x."""
     arviz = legacy_arviz()
-    return arviz.InferenceData(attrs=exported.attrs | {"chain": CHAIN}, **_datasets(exported))
+    return arviz.InferenceData(attrs=exported.attrs, **_datasets(exported))
 
 
 def to_datatree(exported: Neutral) -> Any:
@@ -77,8 +75,8 @@ def to_datatree(exported: Neutral) -> Any:
     for group, named in exported.groups.items():
         chained[group] = {n: v.values[None] if v.dims[:1] == (SAMPLE,) else v.values for n, v in named.items()}
         if group != "log_likelihood":
-            dims.update({n: [d for d in v.dims if d != SAMPLE] for n, v in named.items()})
-    attrs = exported.attrs | {"chain": CHAIN}
+            dims.update({n: [d for d in v.dims if d not in (CHAIN, SAMPLE)] for n, v in named.items()})
+    attrs = exported.attrs
     return from_dict(chained, dims=dims, coords=exported.coords, attrs={"/": attrs, **dict.fromkeys(chained, attrs)})
 
 
@@ -93,7 +91,7 @@ def write_netcdf(exported: Neutral, path: str | Path) -> None:
 
     path = Path(path)
     tree = xarray.DataTree.from_dict(_datasets(exported))
-    tree.attrs = exported.attrs | {"chain": CHAIN}
+    tree.attrs = dict(exported.attrs)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -112,7 +110,7 @@ def _umask() -> int:
 
 
 def _datasets(exported: Neutral) -> dict[str, Any]:
-    """One ``xarray.Dataset`` per group, the sample axis as one chain."""
+    """One ``xarray.Dataset`` per group."""
     import xarray
 
     out = {}
@@ -120,13 +118,13 @@ def _datasets(exported: Neutral) -> dict[str, Any]:
         variables: dict[str, Any] = {}
         used: set[str] = set()
         for name, array in named.items():
-            sampled = array.dims[:1] == (SAMPLE,)
-            dims = ("chain", "draw", *array.dims[1:]) if sampled else array.dims
-            variables[name] = (dims, array.values[None] if sampled else array.values)
+            alone = array.dims[:1] == (SAMPLE,)
+            dims = tuple("draw" if dim == SAMPLE else dim for dim in ((CHAIN,) * alone + array.dims))
+            variables[name] = (dims, array.values[None] if alone else array.values)
             used.update(dims)
         coords: dict[str, Any] = {d: values for d, values in exported.coords.items() if d in used}
         if "draw" in used:
-            length = next(len(a.values) for a in named.values())
-            coords |= {"chain": [0], "draw": range(length)}
-        out[group] = xarray.Dataset(variables, coords, attrs=exported.attrs | {"chain": CHAIN})
+            length = next(len(values[0]) for dims, values in variables.values() if "draw" in dims)
+            coords = {CHAIN: [0], "draw": range(length), **coords}
+        out[group] = xarray.Dataset(variables, coords, attrs=exported.attrs)
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CAP = 20_000_000
 """Numbers that an export may hold; beyond it only the first entries of the largest plate are kept."""
 
-SAMPLE = "sample"
+CHAIN, SAMPLE = "chain", "sample"
 
 Numbers = NDArray[Any]
 
@@ -37,7 +37,8 @@ class Neutral(NamedTuple):
     """What every export is written from.
 
     Attributes:
-        groups: arrays by group and variable; where there are draws, ``sample`` is the first dimension.
+        groups: arrays by group and variable; ``sample`` is the first dimension of draws, with several seeds after
+            ``chain``.
         coords: values along the named dimensions.
         attrs: what the numbers are, in strings and numbers.
     """
@@ -62,16 +63,20 @@ def neutral(fit: Fit, num_samples: int = 1000) -> Neutral:
     Groups: posterior (constrained, deterministic sites included), log_likelihood (per observation, factors left out),
     posterior_predictive, observed_data, constant_data (tensor arguments that are not observed), sample_stats
     (``log_p`` and ``log_q``, nats). A plate's name is its dimension's name; event dimensions are ``{site}_dim_{i}``.
+    Every seed is a chain, named by its seed; of a single seed, chain 0. Seeds that diverged are left out.
 
     Args:
         fit: the fit.
-        num_samples: draws.
+        num_samples: draws of each seed.
 
     Raises:
         ValueError: if ``num_samples`` is below 1.
     """
-    settings = fit.settings
-    exported = from_program(fit.program, fit.x, num_samples=num_samples, seed=settings.seed)
+    settings, seeds = fit.settings, [one for one in fit.seeds if not one.state.frozen or one.x is fit.x]
+    share = {"num_samples": num_samples, "parts": len(seeds)}
+    exported = together(
+        {one.settings.seed: from_program(fit.program, one.x, seed=one.settings.seed, **share) for one in seeds}
+    )
     exported.attrs.update(
         family=repr(settings.family) if _of_family(fit.program.guide) else "none: the guide was given",
         objective=repr(settings.bound()),
@@ -82,7 +87,25 @@ def neutral(fit: Fit, num_samples: int = 1000) -> Neutral:
     return exported
 
 
-def from_program(program: Program, x: Tensor, *, num_samples: int = 1000, seed: int = 0) -> Neutral:
+def together(parts: Mapping[int, Neutral]) -> Neutral:
+    """One export from those of several seeds, each a chain; of one, itself."""
+    first, *others = parts.values()
+    if not others:
+        return first
+
+    def stacked(group: str, name: str, array: Named) -> Named:
+        if array.dims[:1] != (SAMPLE,):
+            return array
+        values = np.stack([part.groups[group][name].values for part in parts.values()])
+        return Named((CHAIN, *array.dims), values)
+
+    groups = {g: {name: stacked(g, name, array) for name, array in named.items()} for g, named in first.groups.items()}
+    chain = "one chain per seed, named by it: independent draws of what that seed found; R-hat says whether they agree"
+    seeds: dict[str, str | int | float] = {"chain": chain, "seeds": " ".join(map(str, parts))}
+    return Neutral(groups, first.coords | {CHAIN: np.array(list(parts))}, first.attrs | seeds)
+
+
+def from_program(program: Program, x: Tensor, *, num_samples: int = 1000, seed: int = 0, parts: int = 1) -> Neutral:
     """:func:`neutral` of a program at flat parameters ``x``; what only a fit knows is left out."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -90,7 +113,7 @@ def from_program(program: Program, x: Tensor, *, num_samples: int = 1000, seed: 
     first = None if program.minibatch is None else torch.arange(program.minibatch.size)
     sites, _ = describe(program, x, program.batch(first))
     step = 1 if program.minibatch is None else row_step(program, x)
-    chosen = plan(program, sites, num_samples, step=step)
+    chosen = plan(program, sites, num_samples, step=step, parts=parts)
     draws = draw(program, x, chosen.draws, seed, chosen.rows, kept=chosen.kept, replicate=True)
     data = _observed(program, x, draws)
     names = _Names(program, draws)
@@ -105,8 +128,11 @@ def from_program(program: Program, x: Tensor, *, num_samples: int = 1000, seed: 
     return Neutral({g: v for g, v in groups.items() if v}, names.coords, _attributes(program, draws, seed, chosen))
 
 
-def plan(program: Program, sites: dict[str, Variable], num_samples: int, *, step: int = 1, cap: int = CAP) -> Plan:
-    """Rows, a multiple of ``step``, and draws that keep an export under ``cap`` numbers."""
+def plan(
+    program: Program, sites: dict[str, Variable], num_samples: int, *, step: int = 1, parts: int = 1, cap: int = CAP
+) -> Plan:
+    """Rows, a multiple of ``step``, and draws that keep an export of ``parts`` seeds under ``cap`` numbers."""
+    cap //= parts
 
     def numbers(site: Variable) -> int:
         batch = torch.Size(site.shape[: len(site.shape) - site.event_dim]).numel()
@@ -284,6 +310,7 @@ def _attributes(program: Program, draws: Draws, seed: int, chosen: Plan) -> dict
         "inference_library_version": __version__,
         "inference_method": "variational",
         "draws": "independent draws of the variational distribution q, not a chain",
+        "chain": "the chain dimension has length 1 because ArviZ's format asks for one",
         "sample_stats": "log_p is log p(data, latents), log_q is log q(latents), in nats, per draw",
         "seed": seed,
         "torch_version": str(torch.__version__),

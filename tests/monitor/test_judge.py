@@ -99,7 +99,10 @@ def test_u_is_the_squared_gradient_at_five_points(family: Callable[..., Any], qu
     for spread in (0.01, 0.03, 0.1, 0.3, 0.8):
         point = best + spread * torch.randn(len(best), generator=generator, dtype=torch.float64)
         norm = float(exact(program, target, point)[1].square().sum())
-        looks = [squared_norm(total_gram(judge.grams(point, stratum)[0])) for stratum in range(100 if quiet else 300)]
+        looks = [
+            squared_norm(total_gram(judge.look({0: point}, stratum)[0].grams))
+            for stratum in range(100 if quiet else 300)
+        ]
         values = torch.tensor([look.value for look in looks])
         stderr = float(values.std()) / math.sqrt(len(values))
         if spread >= 0.3:
@@ -121,7 +124,7 @@ def test_one_look_in_a_thousand_dimensions_needs_no_average(spread: float) -> No
     point = at(program, target.mean, 1.5 * target.stddev)
     point = point + spread * torch.randn(len(point), generator=generator, dtype=torch.float64)
     norm = float(exact(program, target, point)[1].square().sum())
-    look = squared_norm(total_gram(judge.grams(point, 0)[0]))
+    look = squared_norm(total_gram(judge.look({0: point}, 0)[0].grams))
     stderr = math.sqrt(look.variance_slope * norm + look.variance_floor)
     assert abs(look.value - norm) < 4 * stderr
     plain_error = (look.mean_norm_sq_biased - norm) / math.sqrt(look.variance_floor)
@@ -149,7 +152,7 @@ def test_the_quiet_estimator_is_silent_at_the_posterior() -> None:
     quiet, note = quietest(calculus(program))
     assert (note, quiet.objective.estimator) == ("", "sticking-the-landing")
     judge = Judge(calculus(program), seed=0)
-    grams, losses = judge.grams(at(program, target.mean, target.stddev), 0)
+    grams, losses, _ = judge.look({0: at(program, target.mean, target.stddev)}, 0)[0]
     assert float(total_gram(grams).diagonal().max()) < 1e-20
     assert float(losses.std()) < 1e-8  # every draw is the evidence
 
@@ -231,7 +234,9 @@ def test_natural_gradient_norm_does_not_depend_on_the_parameterisation() -> None
         program = build(conjugate, guide, args=(x, noise))
         point = at(program, target.mean + 0.3 * target.stddev, 1.4 * target.stddev)
         found.append(mean_and_error(checks(program, point, 12)[1]))
-        euclidean.append(float(squared_norm(total_gram(Judge(calculus(program), seed=0).grams(point, 0)[0])).value))
+        euclidean.append(
+            float(squared_norm(total_gram(Judge(calculus(program), seed=0).look({0: point}, 0)[0].grams)).value)
+        )
     # 1/2 g' F^-1 g with F = diag(1/s^2, 2/s^2) in (m, s): per coordinate 1/2 s^2 g_m^2 + 1/4 s^2 g_s^2
     ratio = 1.4
     truth = 5 * (0.5 * ratio**2 * 0.3**2 + 0.25 * ratio**2 * (ratio - 1 / ratio) ** 2)
