@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bbvi_conv.fitting import Fit, ModelSource, fit, load
     from bbvi_conv.monitor.signal import SignalToNoise, signal_to_noise
     from bbvi_conv.monitor.svi import GradientMonitor
+    from bbvi_conv.networks import SoftClip, soft_clip
     from bbvi_conv.objectives import (
         CIWAE,
         ELBO,
@@ -63,6 +64,8 @@ _WHERE = {
     "Program": "program.program",
     "SGD": "optim",
     "Settings": "run",
+    "SoftClip": "networks",
+    "soft_clip": "networks",
     "Verdict": "verdict",
     "build": "program.build",
     "fit": "fitting",
@@ -97,11 +100,13 @@ __all__ = [
     "Program",
     "Settings",
     "SignalToNoise",
+    "SoftClip",
     "Verdict",
     "build",
     "fit",
     "load",
     "signal_to_noise",
+    "soft_clip",
 ]
 
 
