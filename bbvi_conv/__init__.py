@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bbvi_conv.fitting import Fit, ModelSource, fit, load
     from bbvi_conv.monitor.signal import SignalToNoise, signal_to_noise
     from bbvi_conv.monitor.svi import GradientMonitor
-    from bbvi_conv.networks import SoftClip, soft_clip
+    from bbvi_conv.networks import BoundedLinear, SoftClip, bounded_mlp, soft_clip
     from bbvi_conv.objectives import (
         CIWAE,
         ELBO,
@@ -64,7 +64,9 @@ _WHERE = {
     "Program": "program.program",
     "SGD": "optim",
     "Settings": "run",
+    "BoundedLinear": "networks",
     "SoftClip": "networks",
+    "bounded_mlp": "networks",
     "soft_clip": "networks",
     "Verdict": "verdict",
     "build": "program.build",
@@ -83,6 +85,7 @@ __all__ = [
     "SGD",
     "VRIWAE",
     "Adam",
+    "BoundedLinear",
     "Constant",
     "CosineDecay",
     "ExponentialDecay",
@@ -102,6 +105,7 @@ __all__ = [
     "SignalToNoise",
     "SoftClip",
     "Verdict",
+    "bounded_mlp",
     "build",
     "fit",
     "load",
