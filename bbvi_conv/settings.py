@@ -35,6 +35,10 @@ def known_classes() -> dict[str, type]:
         optim.InverseSqrt,
         optim.ExponentialDecay,
         optim.CosineDecay,
+        optim.Projected,
+        optim.ProximalSGD,
+        optim.Ball,
+        optim.ScaleFloor,
         Minibatch,
         Strata,
     ]

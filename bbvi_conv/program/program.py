@@ -335,6 +335,14 @@ class Program:
                 log_q,
             )
 
+    def drawn(self, x: Tensor, noise: Noise, batch: Batch) -> Trace:
+        """Guide trace of one draw with its log-probabilities, differentiable in the flat parameters ``x``."""
+        with self.handlers(noise, batch) as tape:
+            tape.values = self._values(self.split(x)[1])
+            trace = guide_trace(self.guide, self.positional(batch), self.kwargs)
+            trace.compute_log_prob()
+        return trace
+
     def bind(self, function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
         """``function`` (model or guide) that runs with the values ``x``, in a store of its own."""
         theta, phi = self.split(x.detach().clone())
