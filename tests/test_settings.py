@@ -13,7 +13,19 @@ import torch
 from bbvi_conv.families import FullRank, MeanField
 from bbvi_conv.monitor.strata import Strata
 from bbvi_conv.objectives import CIWAE, ELBO, IWAE, MIWAE, VRIWAE, GrowingParticles, LinearWarmup, Pair
-from bbvi_conv.optim import SGD, Adam, Constant, CosineDecay, ExponentialDecay, InverseSqrt
+from bbvi_conv.optim import (
+    SGD,
+    Adam,
+    Ball,
+    Constant,
+    CosineDecay,
+    ExponentialDecay,
+    InverseSqrt,
+    ProjectedSGD,
+    ProximalSGD,
+    ScaleFloor,
+    TheoremAdam,
+)
 from bbvi_conv.program import Minibatch
 from bbvi_conv.run import Settings
 from bbvi_conv.settings import decode, encode, known_classes
@@ -26,6 +38,11 @@ VALUES: list[Any] = [
     Adam(ExponentialDecay(0.1, 0.5, 1000), beta1=0.5, beta2=0.99, eps=1e-7),
     Adam(CosineDecay(0.1, 1000, 0.01)),
     Adam(InverseSqrt(1 / 3)),
+    ProximalSGD(Constant(0.1), control_variate=True),
+    ProjectedSGD(InverseSqrt(0.1), floor=0.01),
+    TheoremAdam(0.1, radius=10.0),
+    Ball(2.0),
+    ScaleFloor(0.1),
     Minibatch(128, plate="data", sampling="epoch"),
     Strata(10, 0.2),
     torch.float32,
