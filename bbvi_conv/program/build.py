@@ -229,7 +229,7 @@ def _eager_pass(
                 guide(*args, **kwargs)
             except NotImplementedError as error:
                 raise ValueError(
-                    f"{type(guide).__name__} cannot be made for this model: {error}; "
+                    f"{guide._pyro_name} cannot be made for this model: {error}; "
                     "use a vectorized plate or range(), or write a guide"
                 ) from error
 
@@ -322,7 +322,7 @@ def _check_local_latents(eager: _Pass, minibatch: Minibatch, by_index: bool) -> 
     if not by_index or isinstance(eager.guide, AutoContinuous):
         raise ValueError(
             f"latent site {local[0]!r} lies in the subsampled plate {minibatch.plate!r}, and guide "
-            f"{type(eager.guide).__name__} holds parameters per row: write an amortized guide, or use mean-field with "
+            f"{eager.guide._pyro_name} holds parameters per row: write an amortized guide, or use mean-field with "
             f'plate("{minibatch.plate}", N, subsample_size={minibatch.size}) in the model'
         )
 
