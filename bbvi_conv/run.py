@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bbvi_conv.binding import bind
 from bbvi_conv.engine.choose import make_engine
 from bbvi_conv.engine.engine import Carry, Engine, start_carry
 from bbvi_conv.engine.streams import Stream
@@ -45,7 +46,8 @@ class Settings:
         device: where it runs.
         dtype: float type, or None for the default by size.
         normalise: ``"datum"`` divides the loss by N when a plate is subsampled, ``"total"`` never does.
-        average: ``"tail"`` returns the mean iterate of the last window, ``"last"`` the last iterate.
+        average: ``"tail"`` returns the mean iterate of the last window, ``"all"`` that of the whole run
+            (Polyak-Ruppert), ``"last"`` the last iterate.
         window: steps in the first window; later ones double.
         num_gradients: J, independent gradients at a look.
         strata: steps between looks; None: the default, or sparser where a look costs as much as J steps.
@@ -64,7 +66,7 @@ class Settings:
     device: str = "cpu"
     dtype: torch.dtype | None = None
     normalise: Literal["datum", "total"] = "datum"
-    average: Literal["tail", "last"] = "tail"
+    average: Literal["tail", "all", "last"] = "tail"
     window: int = 500
     num_gradients: int = 32
     strata: Strata | None = None
@@ -89,7 +91,7 @@ class Settings:
             raise ValueError(f"tol must be positive (nats), got {self.tol}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
-        for name, choices in (("normalise", ("datum", "total")), ("average", ("tail", "last"))):
+        for name, choices in (("normalise", ("datum", "total")), ("average", ("tail", "all", "last"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(choices)}")
 
@@ -130,12 +132,12 @@ class OnLook(Protocol):
 
 
 def returned(state: FitState, settings: Settings) -> Tensor:
-    """The parameters a run returns: the mean iterate of the last window, or of the one before while it is short."""
+    """The parameters a run returns; a tail mean is that of the window before while the last one is short."""
     carry = state.carry
     if settings.average == "last" or int(carry.bad) >= 0:
         return carry.x
     count = int(carry.average.steps)
-    if state.previous is not None and 4 * count < state.window_start:
+    if settings.average == "tail" and state.previous is not None and 4 * count < state.window_start:
         return state.previous
     return carry.average.mean if count else carry.x
 
@@ -179,7 +181,8 @@ class Run:
         """Make ``objective`` the one in force: engine, judge and noise of its own, kept for when it comes back."""
         if objective not in self._stages:
             settings = self.settings
-            engine = make_engine(settings.engine, self.program, objective, settings.rule(), normaliser=self.normaliser)
+            rule = bind(settings.rule(), self.program, objective, self.normaliser)
+            engine = make_engine(settings.engine, self.program, objective, rule, normaliser=self.normaliser)
             judge = Judge(
                 engine.calculus,
                 settings.seed,
@@ -281,7 +284,9 @@ class Run:
 
     def next_window(self, state: FitState, x: Tensor) -> FitState:
         """Begin a window; ``x`` is what the last one returned."""
-        carry = state.carry._replace(average=empty_average(state.carry.x))
+        carry = state.carry
+        if self.settings.average != "all":
+            carry = carry._replace(average=empty_average(carry.x))
         return state._replace(carry=carry, previous=x.clone(), window_start=state.step, done=False)
 
     def trend(self, state: FitState) -> tuple[Any, str]:
