@@ -45,12 +45,15 @@ if TYPE_CHECKING:
     from bbvi_conv.program.minibatch import Minibatch
     from bbvi_conv.program.program import Program
     from bbvi_conv.run import FitState, Settings
+    from bbvi_conv.theory import Assumptions, assumptions
     from bbvi_conv.verdict import Verdict
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Adam": "optim",
+    "Assumptions": "theory",
+    "assumptions": "theory",
     "CIWAE": "objectives",
     "GrowingParticles": "objectives",
     "IWAE": "objectives",
@@ -106,6 +109,7 @@ __all__ = [
     "SGD",
     "VRIWAE",
     "Adam",
+    "Assumptions",
     "Ball",
     "BoundedLinear",
     "Constant",
@@ -132,6 +136,7 @@ __all__ = [
     "SoftClip",
     "TheoremAdam",
     "Verdict",
+    "assumptions",
     "bounded_mlp",
     "build",
     "fit",

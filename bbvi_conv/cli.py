@@ -92,6 +92,15 @@ def report(run: RunArgument) -> None:
 
 
 @app.command()
+def assumptions(run: RunArgument) -> None:
+    """Print what convergence theorems ask of a run: holds, fails or unknown, where and why."""
+    with _one_sentence():
+        import bbvi_conv as bc
+
+        typer.echo(str(bc.load(run).assumptions()))
+
+
+@app.command()
 def resume(
     run: RunArgument,
     steps: Annotated[int | None, typer.Option(help="steps more; by default up to those first asked for")] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -299,6 +300,13 @@ def test_the_report_can_be_written_again(finished: Path, tmp_path: Path) -> None
     result = call("report", run)
     assert result.exit_code == 0, (result.output, result.exception)
     assert "<html" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_assumptions_of_a_run_are_printed(finished: Path) -> None:
+    result = call("assumptions", finished)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert re.search(r"^  (holds|fails|unknown) +step size C / sqrt\(n\)", result.stdout, re.MULTILINE)
+    assert "terms of the rate" in result.stdout
 
 
 # The program itself
