@@ -10,7 +10,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoGuide
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
 from bbvi_conv.families.by_site import SiteGuide
 from bbvi_conv.families.family import SCALAR, Parameter, VectorFamily
@@ -75,6 +75,6 @@ class MeanField(VectorFamily):
         """Location and scale."""
         return {"loc": Parameter(loc), "scale": Parameter(scale, self.scale_map.constraint)}
 
-    def law(self, values: Mapping[str, Tensor], layers: nn.ModuleList) -> Any:
+    def law(self, values: Mapping[str, Tensor], layers: Any) -> Any:
         """A vector of independent normals."""
         return DiagonalNormal(values["loc"], values["scale"]).to_event(1)
