@@ -9,6 +9,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
 from torch import Size, Tensor
 
@@ -22,6 +23,7 @@ LOG_2PI = math.log(2 * math.pi)
 class DiagonalNormal(dist.Normal):  # type: ignore[misc]
     """Normal whose log density at its own last draw comes from the noise; its standard deviation is ``|scale|``."""
 
+    arg_constraints: dict[str, Any] = {"loc": constraints.real, "scale": constraints.real}  # noqa: RUF012 - torch's
     _drawn: tuple[Tensor, Tensor] | None = None
 
     def rsample(self, sample_shape: Size = SCALAR) -> Tensor:

@@ -30,6 +30,11 @@ class DiagonalStudentT(dist.StudentT):  # type: ignore[misc]
     62, https://doi.org/10.1090/S0025-5718-1994-1219702-8
     """
 
+    arg_constraints: dict[str, Any] = {  # noqa: RUF012 - the interface of torch.distributions
+        "df": constraints.positive,
+        "loc": constraints.real,
+        "scale": constraints.real,
+    }
     _drawn: tuple[Tensor, Tensor] | None = None
 
     def rsample(self, sample_shape: Size = SCALAR) -> Tensor:
