@@ -9,6 +9,7 @@ from bbvi_conv.families.flows import IAF, NeuralSpline, Planar, Radial, RealNVP,
 from bbvi_conv.families.full_rank import FullRank
 from bbvi_conv.families.low_rank import LowRank
 from bbvi_conv.families.mean_field import MeanField
+from bbvi_conv.families.mixture import Mixture
 from bbvi_conv.families.scale_maps import SCALE_MAPS, Exp, Linear, SoftClip, Softplus
 from bbvi_conv.families.student_t import StudentT
 
@@ -23,6 +24,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "real-nvp": RealNVP,
     "iaf": IAF,
     "neural-spline": NeuralSpline,
+    "mixture": Mixture,
 }
 """Name on the command line -> constructor."""
 
@@ -35,6 +37,7 @@ __all__ = [
     "Linear",
     "LowRank",
     "MeanField",
+    "Mixture",
     "NeuralSpline",
     "Planar",
     "Radial",

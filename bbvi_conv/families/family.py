@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyro.distributions as dist
 from pyro.distributions import constraints
@@ -79,6 +79,8 @@ class VectorFamily(ABC):
     """
 
     init_scale: float
+    path_log_q: ClassVar[bool] = True
+    """Whether log q is known at given values, as sticking the landing, double reparameterisation and mixtures need."""
 
     @abstractmethod
     def parameters(self, loc: Tensor, scale: Tensor) -> dict[str, Parameter]:
@@ -89,7 +91,7 @@ class VectorFamily(ABC):
         return nn.ModuleList()
 
     @abstractmethod
-    def law(self, values: Mapping[str, Tensor], layers: nn.ModuleList) -> Any:
+    def law(self, values: Mapping[str, Tensor], layers: Any) -> Any:
         """The law at given parameters, whose leading dimensions are batch dimensions."""
 
     def __call__(self, model: Callable[..., Any]) -> AutoGuide:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
 from bbvi_conv.families.family import Parameter, VectorFamily, VectorLaw
 from bbvi_conv.families.mean_field import LOG_2PI
@@ -90,7 +91,7 @@ class FullRank(VectorFamily):
         found = {"loc": Parameter(loc), "scale": Parameter(scale, self.scale_map.constraint)}
         return found | ({"lower": Parameter(loc.new_zeros(dim * (dim - 1) // 2))} if dim > 1 else {})
 
-    def law(self, values: Mapping[str, Tensor], layers: nn.ModuleList) -> TrilNormal:
+    def law(self, values: Mapping[str, Tensor], layers: Any) -> TrilNormal:
         """The Gaussian."""
         loc, scale = values["loc"], values["scale"]
         dim = loc.shape[-1]

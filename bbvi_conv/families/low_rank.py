@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
 from bbvi_conv.families.family import Parameter, VectorFamily, VectorLaw
 from bbvi_conv.families.mean_field import LOG_2PI
@@ -100,6 +101,6 @@ class LowRank(VectorFamily):
             "factor": Parameter(factor),
         }
 
-    def law(self, values: Mapping[str, Tensor], layers: nn.ModuleList) -> LowRankNormal:
+    def law(self, values: Mapping[str, Tensor], layers: Any) -> LowRankNormal:
         """The Gaussian."""
         return LowRankNormal(values["loc"], values["scale"], values["factor"])

@@ -9,8 +9,9 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
 from bbvi_conv.families.by_site import SiteGuide
 from bbvi_conv.families.family import SCALAR, Parameter, VectorFamily
@@ -22,6 +23,7 @@ LOG_2PI = math.log(2 * math.pi)
 class DiagonalNormal(dist.Normal):  # type: ignore[misc]
     """Normal whose log density at its own last draw comes from the noise; its standard deviation is ``|scale|``."""
 
+    arg_constraints: dict[str, Any] = {"loc": constraints.real, "scale": constraints.real}  # noqa: RUF012 - torch's
     _drawn: tuple[Tensor, Tensor] | None = None
 
     def rsample(self, sample_shape: Size = SCALAR) -> Tensor:
@@ -75,6 +77,6 @@ class MeanField(VectorFamily):
         """Location and scale."""
         return {"loc": Parameter(loc), "scale": Parameter(scale, self.scale_map.constraint)}
 
-    def law(self, values: Mapping[str, Tensor], layers: nn.ModuleList) -> Any:
+    def law(self, values: Mapping[str, Tensor], layers: Any) -> Any:
         """A vector of independent normals."""
         return DiagonalNormal(values["loc"], values["scale"]).to_event(1)

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
 from bbvi_conv.families.by_site import SiteGuide
 from bbvi_conv.families.family import SCALAR, Parameter, VectorFamily
@@ -30,6 +30,11 @@ class DiagonalStudentT(dist.StudentT):  # type: ignore[misc]
     62, https://doi.org/10.1090/S0025-5718-1994-1219702-8
     """
 
+    arg_constraints: dict[str, Any] = {  # noqa: RUF012 - the interface of torch.distributions
+        "df": constraints.positive,
+        "loc": constraints.real,
+        "scale": constraints.real,
+    }
     _drawn: tuple[Tensor, Tensor] | None = None
 
     def rsample(self, sample_shape: Size = SCALAR) -> Tensor:
@@ -91,6 +96,6 @@ class StudentT(VectorFamily):
         """Location, scale and degrees of freedom."""
         return {"loc": Parameter(loc), "scale": Parameter(scale, self.scale_map.constraint), **self.more(loc)}
 
-    def law(self, values: Mapping[str, Tensor], layers: nn.ModuleList) -> Any:
+    def law(self, values: Mapping[str, Tensor], layers: Any) -> Any:
         """A vector of independent Student-t's."""
         return self.coordinates(values["loc"], values["scale"], df=values["df"]).to_event(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro.nn import AutoRegressiveNN, DenseNN
@@ -26,7 +27,7 @@ class Constant(nn.Module):
 
 def silent(network: nn.Module) -> nn.Module:
     """The network with its last layer at zero: whatever it is asked, it says zero."""
-    last = network.layers[-1]  # type: ignore[index]
+    last: Any = network.layers[-1]  # type: ignore[index]
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return network
@@ -45,6 +46,9 @@ class Coupling(Layer):
 
     Reference: Dinh et al. (2017), "Density estimation using Real NVP", https://arxiv.org/abs/1605.08803
     """
+
+    order: Tensor
+    back: Tensor
 
     def __init__(self, dim: int, changed: Sequence[int], elementwise: Elementwise, hidden: Sequence[int]) -> None:
         super().__init__()
@@ -71,7 +75,8 @@ class Coupling(Layer):
         return torch.cat((kept, x), -1)[..., self.back], log_slope.sum(-1)
 
     def _at(self, kept: Tensor) -> Tensor:
-        return self.network(kept).unflatten(-1, (-1, self.elementwise.size))
+        flat: Tensor = self.network(kept)
+        return flat.reshape(*flat.shape[:-1], -1, self.elementwise.size)
 
 
 class Autoregressive(Layer):

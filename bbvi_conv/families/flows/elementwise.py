@@ -127,7 +127,7 @@ class Spline:
 
     def _knots(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Knots in x and in y and slopes at them, each ``(..., K + 1)``."""
-        widths, heights, slopes = parameters.split((self.bins, self.bins, self.bins - 1), -1)
+        widths, heights, slopes = parameters.tensor_split((self.bins, 2 * self.bins), -1)
         inner = LEAST + softplus(slopes + UNIT)
         return self._ends(widths), self._ends(heights), pad(inner, (1, 1), value=1.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pyro.distributions import transforms
@@ -49,6 +50,8 @@ class Planar(Flow):
 
     num_layers: int = 16
 
+    path_log_q: ClassVar[bool] = False
+
     def layer(self, dim: int, index: int) -> Layer:
         """Pyro's, started where u-hat is zero."""
         transform = transforms.Planar(dim)
@@ -71,6 +74,8 @@ class Radial(Flow):
     """
 
     num_layers: int = 16
+
+    path_log_q: ClassVar[bool] = False
 
     def layer(self, dim: int, index: int) -> Layer:
         """Pyro's, started where beta is zero, around a random centre."""
@@ -97,6 +102,8 @@ class Sylvester(Flow):
     """
 
     units: int = 8
+
+    path_log_q: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,6 +162,8 @@ class IAF(_Networked):
 
     Reference: Kingma et al. (2016), https://arxiv.org/abs/1606.04934
     """
+
+    path_log_q: ClassVar[bool] = False
 
     def layer(self, dim: int, index: int) -> Layer:
         """An affine autoregression."""
