@@ -34,6 +34,7 @@ def known_classes() -> dict[str, type]:
         optim.Adam,
         optim.Constant,
         optim.InverseSqrt,
+        optim.InverseLinear,
         optim.ExponentialDecay,
         optim.CosineDecay,
         optim.Projected,

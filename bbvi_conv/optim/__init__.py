@@ -7,7 +7,7 @@ from bbvi_conv.optim.first_order import SGD, Adam, Optimiser
 from bbvi_conv.optim.projected import Ball, Projected, ProjectedSGD, ScaleFloor, TheoremAdam, gradient_mapping
 from bbvi_conv.optim.proximal import ProximalSGD
 from bbvi_conv.optim.scales import Scales
-from bbvi_conv.optim.step_sizes import Constant, CosineDecay, ExponentialDecay, InverseSqrt, StepSize
+from bbvi_conv.optim.step_sizes import Constant, CosineDecay, ExponentialDecay, InverseLinear, InverseSqrt, StepSize
 
 __all__ = [
     "SGD",
@@ -17,6 +17,7 @@ __all__ = [
     "Constant",
     "CosineDecay",
     "ExponentialDecay",
+    "InverseLinear",
     "InverseSqrt",
     "Optimiser",
     "Projected",

@@ -55,6 +55,26 @@ class InverseSqrt:
 
 
 @dataclass(frozen=True)
+class InverseLinear:
+    r""":math:`\gamma_n = C / (n + n_0)`, for strongly convex objectives: :math:`C > 1/\mu` gives a rate of 1/n.
+
+    Reference: Domke et al. (2023), https://arxiv.org/abs/2306.03638, strongly log-concave targets.
+    """
+
+    size: float
+    delay: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive("step size", self.size)
+        if not 0 <= self.delay < math.inf:
+            raise ValueError(f"delay must be a finite number of at least 0, got {self.delay}")
+
+    def __call__(self, n: Tensor) -> Tensor:
+        """``size / (n + delay)``."""
+        return self.size / (n + self.delay)
+
+
+@dataclass(frozen=True)
 class ExponentialDecay:
     r""":math:`\gamma_n = C r^{n/T}`: multiplied by ``rate`` every ``steps`` steps, smoothly."""
 

@@ -8,7 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from bbvi_conv.optim import Adam, Ball, Constant, CosineDecay, ExponentialDecay, InverseSqrt, Optimiser, Projected
+from bbvi_conv.optim import (
+    Adam,
+    Ball,
+    Constant,
+    CosineDecay,
+    ExponentialDecay,
+    InverseLinear,
+    InverseSqrt,
+    Optimiser,
+    Projected,
+)
 from bbvi_conv.theory.condition import Condition, Status
 
 
@@ -51,6 +61,11 @@ def conditions(optimiser: Optimiser, x: Tensor, theorem: str) -> Iterator[Condit
 def _step_size(rule: Any) -> tuple[Status, str]:
     if isinstance(rule, InverseSqrt):
         return "holds", f"{rule.size:g} / sqrt(n)"
+    if isinstance(rule, InverseLinear):
+        return (
+            "unknown",
+            f"{rule.size:g} / (n + {rule.delay:g}): for strongly convex objectives; else use bc.InverseSqrt",
+        )
     if isinstance(rule, Constant):
         return "fails", f"constant {rule.size:g}: the gradient norm stalls at a floor set by it; use bc.InverseSqrt"
     if isinstance(rule, ExponentialDecay):
