@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bbvi_conv.fitting import Fit, ModelSource, fit, load
     from bbvi_conv.monitor.signal import SignalToNoise, signal_to_noise
     from bbvi_conv.monitor.svi import GradientMonitor
+    from bbvi_conv.networks import BoundedLinear, SoftClip, bounded_mlp, soft_clip
     from bbvi_conv.objectives import (
         CIWAE,
         ELBO,
@@ -25,17 +26,35 @@ if TYPE_CHECKING:
         LinearWarmup,
         Pair,
     )
-    from bbvi_conv.optim import SGD, Adam, Constant, CosineDecay, ExponentialDecay, InverseSqrt
+    from bbvi_conv.optim import (
+        SGD,
+        Adam,
+        Ball,
+        Constant,
+        CosineDecay,
+        ExponentialDecay,
+        InverseLinear,
+        InverseSqrt,
+        Projected,
+        ProjectedSGD,
+        ProximalSGD,
+        ScaleFloor,
+        TheoremAdam,
+        gradient_mapping,
+    )
     from bbvi_conv.program.build import build
     from bbvi_conv.program.minibatch import Minibatch
     from bbvi_conv.program.program import Program
     from bbvi_conv.run import FitState, Settings
+    from bbvi_conv.theory import Assumptions, assumptions
     from bbvi_conv.verdict import Verdict
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Adam": "optim",
+    "Assumptions": "theory",
+    "assumptions": "theory",
     "CIWAE": "objectives",
     "GrowingParticles": "objectives",
     "IWAE": "objectives",
@@ -55,14 +74,26 @@ _WHERE = {
     "FitState": "run",
     "FullRank": "families",
     "GradientMonitor": "monitor.svi",
+    "InverseLinear": "optim",
     "InverseSqrt": "optim",
     "MeanField": "families",
     "Minibatch": "program.minibatch",
     "ModelSource": "fitting",
     "OBJECTIVES": "objectives",
     "Program": "program.program",
+    "Ball": "optim",
+    "Projected": "optim",
+    "ProjectedSGD": "optim",
+    "ProximalSGD": "optim",
+    "ScaleFloor": "optim",
+    "TheoremAdam": "optim",
+    "gradient_mapping": "optim",
     "SGD": "optim",
     "Settings": "run",
+    "BoundedLinear": "networks",
+    "SoftClip": "networks",
+    "bounded_mlp": "networks",
+    "soft_clip": "networks",
     "Verdict": "verdict",
     "build": "program.build",
     "fit": "fitting",
@@ -80,6 +111,9 @@ __all__ = [
     "SGD",
     "VRIWAE",
     "Adam",
+    "Assumptions",
+    "Ball",
+    "BoundedLinear",
     "Constant",
     "CosineDecay",
     "ExponentialDecay",
@@ -88,6 +122,7 @@ __all__ = [
     "FullRank",
     "GradientMonitor",
     "GrowingParticles",
+    "InverseLinear",
     "InverseSqrt",
     "LinearWarmup",
     "MeanField",
@@ -95,13 +130,23 @@ __all__ = [
     "ModelSource",
     "Pair",
     "Program",
+    "Projected",
+    "ProjectedSGD",
+    "ProximalSGD",
+    "ScaleFloor",
     "Settings",
     "SignalToNoise",
+    "SoftClip",
+    "TheoremAdam",
     "Verdict",
+    "assumptions",
+    "bounded_mlp",
     "build",
     "fit",
+    "gradient_mapping",
     "load",
     "signal_to_noise",
+    "soft_clip",
 ]
 
 

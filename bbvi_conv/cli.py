@@ -93,6 +93,15 @@ def report(run: RunArgument) -> None:
 
 
 @app.command()
+def assumptions(run: RunArgument) -> None:
+    """Print what convergence theorems ask of a run: holds, fails or unknown, where and why."""
+    with _one_sentence():
+        import bbvi_conv as bc
+
+        typer.echo(str(bc.load(run).assumptions()))
+
+
+@app.command()
 def resume(
     run: RunArgument,
     steps: Annotated[int | None, typer.Option(help="steps more; by default up to those first asked for")] = None,
@@ -214,10 +223,18 @@ def _settings(found: ModelFile, options: dict[str, Any]) -> dict[str, Any]:
     if "objective" in options or details:
         settings["objective"] = _objective(chosen.bound(), options.get("objective"), details)
     if "step_size" in options:
-        optimiser: Any = chosen.rule()
-        rule = _replaced(optimiser.step_size, {"size": options["step_size"]}, {"step-size": "size"})
-        settings["optimiser"] = dataclasses.replace(optimiser, step_size=rule)
+        settings["optimiser"] = _with_step_size(chosen.rule(), options["step_size"])
     return settings
+
+
+def _with_step_size(optimiser: Any, size: float) -> Any:
+    """The optimiser with C changed in its rule, or in the rule of the optimiser that it projects."""
+    from bbvi_conv.optim import Projected
+
+    if isinstance(optimiser, Projected):
+        return dataclasses.replace(optimiser, optimiser=_with_step_size(optimiser.optimiser, size))
+    rule = _replaced(optimiser.step_size, {"size": size}, {"step-size": "size"})
+    return dataclasses.replace(optimiser, step_size=rule)
 
 
 _OF_OBJECTIVES = {

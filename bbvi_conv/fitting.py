@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from bbvi_conv.archive import Archive
+    from bbvi_conv.theory import Assumptions
 
 
 class ModelSource(NamedTuple):
@@ -308,6 +309,12 @@ class Fit:
         from bbvi_conv.plots import plot
 
         return plot(self, kind)
+
+    def assumptions(self, *, log_concave: bool | None = None) -> Assumptions:
+        """What convergence theorems ask of this fit, at its parameters; see :func:`bbvi_conv.assumptions`."""
+        from bbvi_conv.theory import of_fit
+
+        return of_fit(self, log_concave)
 
     def resume(self, steps: int | None = None, *, progress: bool = True, on_look: OnLook | None = None) -> Fit:
         """Go on where this fit stands: up to ``max_steps``, the same bits as a run never stopped; or ``steps`` more.

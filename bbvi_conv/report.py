@@ -92,6 +92,7 @@ def render(fit: Fit) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    assumed = fit.assumptions()
     figures = [(kind, CAPTIONS[kind], _data_uri(plot(fit, kind))) for kind in CAPTIONS if kind in KINDS]
     return environment.get_template(TEMPLATE).render(
         title=_title(fit),
@@ -103,6 +104,11 @@ def render(fit: Fit) -> str:
         seeds=_seed_rows(verdict.numbers),
         figures=figures,
         facts=_facts(fit),
+        conditions=assumed.conditions,
+        terms=[
+            (term.name, "not available" if term.value is None else _short(term.value), term.meaning)
+            for term in assumed.terms
+        ],
         sites=[_site_row(site, kind) for kind, sites in _sites(fit) for site in sites],
         settings=_settings(fit),
         seconds=[(name, f"{value:.2f}") for name, value in fit.seconds.items()],

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bbvi_conv.binding import bind
 from bbvi_conv.engine.choose import make_engine
 from bbvi_conv.engine.engine import Carry, Engine, start_carry
 from bbvi_conv.engine.streams import Stream
@@ -48,7 +49,8 @@ class Settings:
         device: where it runs.
         dtype: float type, or None for the default by size.
         normalise: ``"datum"`` divides the loss by N when a plate is subsampled, ``"total"`` never does.
-        average: ``"tail"`` returns the mean iterate of the last window, ``"last"`` the last iterate.
+        average: ``"tail"`` returns the mean iterate of the last window, ``"all"`` that of the whole run
+            (Polyak-Ruppert), ``"last"`` the last iterate.
         window: steps in the first window; later ones double.
         num_gradients: J, independent gradients at a look.
         strata: steps between looks; None: the default, or sparser where a look costs as much as J steps.
@@ -68,7 +70,7 @@ class Settings:
     device: str = "cpu"
     dtype: torch.dtype | None = None
     normalise: Literal["datum", "total"] = "datum"
-    average: Literal["tail", "last"] = "tail"
+    average: Literal["tail", "all", "last"] = "tail"
     window: int = 500
     num_gradients: int = 32
     strata: Strata | None = None
@@ -93,7 +95,7 @@ class Settings:
             raise ValueError(f"tol must be positive (nats), got {self.tol}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
-        for name, choices in (("normalise", ("datum", "total")), ("average", ("tail", "last"))):
+        for name, choices in (("normalise", ("datum", "total")), ("average", ("tail", "all", "last"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(choices)}")
 
@@ -158,12 +160,12 @@ class OnLook(Protocol):
 
 
 def returned(state: FitState, settings: Settings) -> Tensor:
-    """The parameters one seed returns: the mean iterate of the last window, or of the one before while it is short."""
+    """The parameters one seed returns; a tail mean is that of the window before while the last one is short."""
     carry = state.carry
     if settings.average == "last" or state.frozen:
         return carry.x
     count = int(carry.average.steps)
-    if state.previous is not None and 4 * count < state.window_start:
+    if settings.average == "tail" and state.previous is not None and 4 * count < state.window_start:
         return state.previous
     return carry.average.mean if count else carry.x
 
@@ -231,11 +233,12 @@ class Run:
         """Make ``objective`` the one in force: engine, judge and noise of its own, kept for when it comes back."""
         if objective not in self._stages:
             settings = self.settings
+            rule = bind(settings.rule(), self.program, objective, self.normaliser)
             engine = make_engine(
                 settings.engine,
                 self.program,
                 objective,
-                settings.rule(),
+                rule,
                 normaliser=self.normaliser,
                 num_seeds=settings.num_seeds,
                 steps=min(self.schedule.next_change(step) or settings.max_steps, settings.max_steps) - step,
@@ -376,14 +379,21 @@ class Run:
             settled = self.schedule.settled(one.step, one.monitor.looks)
             if settled and is_done(one.checks, self.trend(one)[0], self.settings.tol):
                 return one._replace(done=True)
-            return _next_window(one, x)
+            return self._next_window(one, x)
 
         return self._timed(self._each(state, closing, close), "monitor", start)
 
     def next_window(self, state: FitState) -> FitState:
         """Let the seeds that are done go on: what they returned is what their next window is compared with."""
         done = [one.done for one in state.seeds]
-        return self._each(state, done, lambda _, one: _next_window(one, returned(one, self.settings)))
+        return self._each(state, done, lambda _, one: self._next_window(one, returned(one, self.settings)))
+
+    def _next_window(self, state: FitState, x: Tensor) -> FitState:
+        """Begin a window; ``x`` is what the last one returned."""
+        carry = state.carry
+        if self.settings.average != "all":
+            carry = carry._replace(average=empty_average(carry.x))
+        return state._replace(carry=carry, previous=x.clone(), window_start=state.step, done=False)
 
     def trend(self, state: FitState) -> tuple[Any, str]:
         """Trend of the squared gradient norm, and its sentence."""
@@ -399,11 +409,6 @@ class Run:
         feed = next(stream.steps(bad, 1))
         where = self.program.first_bad_site(state.carry.x, feed.noise.at(0), feed.batch(self.program, 0))
         return f"step {bad}: {where}"
-
-
-def _next_window(state: FitState, x: Tensor) -> FitState:
-    carry = state.carry._replace(average=empty_average(state.carry.x))
-    return state._replace(carry=carry, previous=x.clone(), window_start=state.step, done=False)
 
 
 def _without_late_checks(state: FitState) -> FitState:

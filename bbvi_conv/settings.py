@@ -18,13 +18,14 @@ _TAGS = ("class", "dtype", "device", "tuple", "float", "function")
 def known_classes() -> dict[str, type]:
     """The classes that :func:`decode` makes, by name."""
     from bbvi_conv import objectives, optim
-    from bbvi_conv.families import FAMILIES
+    from bbvi_conv.families import FAMILIES, SCALE_MAPS
     from bbvi_conv.monitor.strata import Strata
     from bbvi_conv.objectives import OBJECTIVES
     from bbvi_conv.program.minibatch import Minibatch
 
     classes: list[Callable[..., Any]] = [
         *FAMILIES.values(),
+        *SCALE_MAPS.values(),
         *OBJECTIVES.values(),
         objectives.GrowingParticles,
         objectives.LinearWarmup,
@@ -33,8 +34,13 @@ def known_classes() -> dict[str, type]:
         optim.Adam,
         optim.Constant,
         optim.InverseSqrt,
+        optim.InverseLinear,
         optim.ExponentialDecay,
         optim.CosineDecay,
+        optim.Projected,
+        optim.ProximalSGD,
+        optim.Ball,
+        optim.ScaleFloor,
         Minibatch,
         Strata,
     ]

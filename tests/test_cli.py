@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -301,6 +302,13 @@ def test_the_report_can_be_written_again(finished: Path, tmp_path: Path) -> None
     assert "<html" in (run / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_assumptions_of_a_run_are_printed(finished: Path) -> None:
+    result = call("assumptions", finished)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert re.search(r"^  (holds|fails|unknown) +step size C / sqrt\(n\)", result.stdout, re.MULTILINE)
+    assert "terms of the rate" in result.stdout
+
+
 # The program itself
 
 
@@ -328,7 +336,16 @@ def test_models_are_listed_by_name_and_first_line() -> None:
     result = call("models")
     assert result.exit_code == 0
     names = [line.split()[0] for line in result.stdout.splitlines()]
-    assert names == ["challenger", "conjugate_gaussian", "eight_schools", "tighter_bounds", "vae"]
+    assert names == [
+        "banana",
+        "challenger",
+        "conjugate_gaussian",
+        "eight_schools",
+        "funnel",
+        "tighter_bounds",
+        "two_modes",
+        "vae",
+    ]
 
 
 def test_ctrl_c_leaves_what_there_is(tmp_path: Path) -> None:

@@ -504,7 +504,7 @@ def test_a_fit_names_itself() -> None:
     )
     attrs = neutral(fit, 10).attrs
     assert attrs["outcome"] == fit.verdict.outcome
-    assert attrs["family"] == "MeanField(init_scale=0.1)"
+    assert attrs["family"] == "MeanField(init_scale=0.1, scale_map=Softplus())"
     assert attrs["objective"] == repr(fit.settings.bound())
     assert attrs["seed"] == 7
     assert set(fit.sample(5)) == {"z"}

@@ -86,6 +86,16 @@ def test_the_figures_are_there(page: str) -> None:
         assert len(np.unique(image[..., 0])) > 50  # axes, curves and their smoothed edges; a blank page has one
 
 
+def test_the_assumptions_of_the_theory_are_shown(run: Any, page: str) -> None:
+    text, found = Page(page).text, run[0].assumptions()
+    assert "What the theory asks" in text
+    assert {c.status for c in found.conditions} == {"holds", "fails", "unknown"}
+    for condition in found.conditions:
+        assert f"{condition.name} {condition.status} {condition.where} {' '.join(condition.why.split())}" in text
+    for term in found.terms:
+        assert f"{term.name} " in text
+
+
 def test_the_verdict_comes_first_in_words(run: Any, page: str) -> None:
     verdict, text = run[0].verdict, Page(page).text
     sentence = OUTCOMES[verdict.outcome]

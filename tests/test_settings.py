@@ -10,22 +10,41 @@ from typing import Any
 import pytest
 import torch
 
-from bbvi_conv.families import FullRank, MeanField
+from bbvi_conv.families import FAMILIES, SCALE_MAPS, FullRank, MeanField, SoftClip
 from bbvi_conv.monitor.strata import Strata
 from bbvi_conv.objectives import CIWAE, ELBO, IWAE, MIWAE, VRIWAE, GrowingParticles, LinearWarmup, Pair
-from bbvi_conv.optim import SGD, Adam, Constant, CosineDecay, ExponentialDecay, InverseSqrt
+from bbvi_conv.optim import (
+    SGD,
+    Adam,
+    Ball,
+    Constant,
+    CosineDecay,
+    ExponentialDecay,
+    InverseLinear,
+    InverseSqrt,
+    ProjectedSGD,
+    ProximalSGD,
+    ScaleFloor,
+    TheoremAdam,
+)
 from bbvi_conv.program import Minibatch
 from bbvi_conv.run import Settings
 from bbvi_conv.settings import decode, encode, known_classes
 
 VALUES: list[Any] = [
     MeanField(0.3),
-    FullRank(),
+    FullRank(scale_map=SoftClip(0.01, 4.0), relative=False),
     ELBO(num_particles=7, estimator="sticking-the-landing"),
     SGD(Constant(1e-3)),
     Adam(ExponentialDecay(0.1, 0.5, 1000), beta1=0.5, beta2=0.99, eps=1e-7),
     Adam(CosineDecay(0.1, 1000, 0.01)),
     Adam(InverseSqrt(1 / 3)),
+    ProximalSGD(Constant(0.1), control_variate=True),
+    ProjectedSGD(InverseSqrt(0.1), floor=0.01),
+    TheoremAdam(0.1, radius=10.0),
+    Ball(2.0),
+    InverseLinear(2.0, delay=5.0),
+    ScaleFloor(0.1),
     Minibatch(128, plate="data", sampling="epoch"),
     Strata(10, 0.2),
     torch.float32,
@@ -66,6 +85,7 @@ def test_every_known_class_is_written_under_its_name() -> None:
     bounds = (IWAE(3), VRIWAE(3, 0.2), MIWAE(2, 3), CIWAE(3), Pair(IWAE(4), ELBO(2)), LinearWarmup(5))
     examples |= {type(value).__name__: value for value in (*bounds, GrowingParticles(IWAE(2), stop=8))}
     examples |= {"ExponentialDecay": ExponentialDecay(1.0, 0.5, 2), "CosineDecay": CosineDecay(1.0, 2)}
+    examples |= {make.__name__: make() for make in (*FAMILIES.values(), *SCALE_MAPS.values())}
     for name in known_classes():
         assert encode(examples[name])["class"] == name
 

@@ -30,20 +30,26 @@ class _Draws:
     def __init__(
         self,
         particles: LogWeights,
+        strata: int,
         theta: dict[str, Tensor],
         phi: dict[str, Tensor],
         noise: Noise,
         batch: Batch,
         step: Tensor,
     ) -> None:
-        self._particles, self._noise, self._batch, self.step = particles, noise, batch, step
+        self._particles, self._strata, self._noise, self._batch, self.step = particles, strata, noise, batch, step
         self._theta = ({name: value.detach() for name, value in theta.items()}, theta)
         self._phi = ({name: value.detach() for name, value in phi.items()}, phi)
         self.has_theta = bool(theta)
 
     def __call__(self, *, theta: bool = True, phi: bool = True, density: bool = True) -> Terms:
         """Index 0 holds detached values, 1 live ones; the same object twice means one run of the guide."""
-        return self._particles(self._theta[theta], self._phi[phi], self._phi[density], self._noise, self._batch)
+        terms = self._particles(self._theta[theta], self._phi[phi], self._phi[density], self._noise, self._batch)
+        if self._strata == 1:
+            return terms
+        # a mean over the strata, each by its own weight, which is differentiable
+        weighted = {name: terms.weight * getattr(terms, name) for name in ("log_p", "log_q", "log_prior")}
+        return terms._replace(**weighted)
 
 
 class Calculus:
@@ -77,7 +83,12 @@ class Calculus:
 
     @property
     def _many(self) -> bool:
-        return self.vectorise and self.objective.draws > 1
+        return self.vectorise and self.runs > 1
+
+    @property
+    def runs(self) -> int:
+        """Runs of the program in one evaluation: every draw once per stratum."""
+        return self.objective.draws * self.program.strata
 
     def _vmaps(self) -> bool:
         theta, phi = self.program.split(self.program.initial())
@@ -98,7 +109,9 @@ class Calculus:
         """Scalar loss at noise ``(draws, ...)`` and step number n: a function torch can differentiate."""
         theta, phi = self.program.split(x)
         score = bool(self.program.structure.score_sites)
-        evaluate = _Draws(self.particles, theta, phi, noise, batch, n)
+        strata = self.program.strata
+        noise = noise if strata == 1 else self.program.stratified(noise)
+        evaluate = _Draws(self.particles, strata, theta, phi, noise, batch, n)
         return self.objective.surrogate(evaluate, scale=self.program.unit_scale, score=score) / self.normaliser
 
     def _gradient(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +160,7 @@ class Calculus:
         count, many = len(feed.noise.normal), x.dim() == 2
         first = feed.batch(self.program, 0)
         widest = max(x.shape[-1], sum(self.program.layout), *(a.numel() for a in first.args), 1)
-        piece = max(1, min(count, CHUNK // (widest * self.objective.draws)))
+        piece = max(1, min(count, CHUNK // (widest * self.runs)))
         function = self.function(name, x[0] if many else x, feed.noise.at(0), first, *more)
         results = []
         with buffers_kept(() if self.traced else self.program.modules):

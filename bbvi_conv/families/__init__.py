@@ -3,10 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from bbvi_conv.families.location_scale import FullRank, MeanField
+from bbvi_conv.families.flows import IAF, NeuralSpline, Planar, Radial, RealNVP, Sylvester
+from bbvi_conv.families.full_rank import FullRank
+from bbvi_conv.families.low_rank import LowRank
+from bbvi_conv.families.mean_field import MeanField
+from bbvi_conv.families.mixture import Mixture
+from bbvi_conv.families.scale_maps import SCALE_MAPS, Exp, Linear, SoftClip, Softplus
+from bbvi_conv.families.student_t import StudentT
 
-FAMILIES: dict[str, Callable[..., MeanField | FullRank]] = {"mean-field": MeanField, "full-rank": FullRank}
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "mean-field": MeanField,
+    "full-rank": FullRank,
+    "low-rank": LowRank,
+    "student-t": StudentT,
+    "planar": Planar,
+    "radial": Radial,
+    "sylvester": Sylvester,
+    "real-nvp": RealNVP,
+    "iaf": IAF,
+    "neural-spline": NeuralSpline,
+    "mixture": Mixture,
+}
 """Name on the command line -> constructor."""
 
-__all__ = ["FAMILIES", "FullRank", "MeanField"]
+__all__ = [
+    "FAMILIES",
+    "IAF",
+    "SCALE_MAPS",
+    "Exp",
+    "FullRank",
+    "Linear",
+    "LowRank",
+    "MeanField",
+    "Mixture",
+    "NeuralSpline",
+    "Planar",
+    "Radial",
+    "RealNVP",
+    "SoftClip",
+    "Softplus",
+    "StudentT",
+    "Sylvester",
+]

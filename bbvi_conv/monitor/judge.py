@@ -32,7 +32,7 @@ WIDE = 20_000
 
 def width(calculus: Calculus) -> int:
     """Numbers that one evaluation works on: parameters, noise of all draws, or the batch for all draws."""
-    program, draws = calculus.program, calculus.objective.draws
+    program, draws = calculus.program, calculus.runs
     _, batch = program.example()
     return max(sum(program.sizes), draws * sum(program.layout), draws * sum(a.numel() for a in batch.args), 1)
 

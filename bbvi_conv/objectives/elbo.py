@@ -68,6 +68,8 @@ class ELBO(Objective):
     kl_weight: KlWeight = 1.0
     analytic_kl: bool = False
 
+    averages = True
+
     def __post_init__(self) -> None:
         check_count("num_particles", self.num_particles)
         check_estimator(self.estimator, (PATHWISE, STICKING))

@@ -92,6 +92,8 @@ class Objective(StockLoss):
 
     kl_weight: KlWeight = 1.0
     analytic_kl: bool = False
+    averages: bool = False
+    """Whether the bound is the mean over its draws, however many: only then may they be strata of unequal weight."""
     conservative: bool = True
     """Whether the estimator is the gradient of one function, which then has a Hessian."""
 
@@ -180,6 +182,8 @@ class Objective(StockLoss):
             raise ValueError("a schedule of kl_weight needs the step number: use bbvi_conv.fit, or a number per phase")
         if self.analytic_kl:
             raise ValueError("analytic_kl needs bbvi_conv.fit; in a stock loop use pyro.infer.TraceMeanField_ELBO")
+        if structure.strata > 1:
+            raise ValueError('a stratified mixture needs bbvi_conv.fit; in a stock loop give it gradient="implicit"')
         self._refuse(structure, subsampled, shared)
 
     def _refuse(self, structure: Structure, subsampled: list[str], shared: list[str]) -> None:
@@ -189,6 +193,16 @@ class Objective(StockLoss):
             raise ValueError(
                 f"{name} has no unbiased estimator when plate {outside[0]!r} is subsampled and a latent site lies "
                 f"outside it ({structure.describe()}); use the ELBO, or all rows"
+            )
+        if structure.strata > 1 and not (self.averages and not structure.score_sites):
+            raise ValueError(
+                f"{name} cannot be stratified over the {structure.strata} components of the guide's mixture: that "
+                'takes the ELBO and pathwise sites; give the mixture gradient="implicit"'
+            )
+        if self.split and structure.no_path:
+            raise ValueError(
+                f'{name} cannot use estimator="{self.estimator}": the law of guide site {structure.no_path[0]!r} has '
+                f'no density at given values (no cheap inverse); use estimator="{PATHWISE}" or a family with an inverse'
             )
         if self.estimator != DOUBLY:
             return

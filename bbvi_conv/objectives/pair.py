@@ -78,6 +78,8 @@ class Pair(Objective):
     def _refuse(self, structure: Structure, subsampled: list[str], shared: list[str]) -> None:
         if shared:
             raise ValueError(f"Pair cannot tell whose parameter {shared[0]!r} is: model and guide share it")
+        if structure.strata > 1:
+            raise ValueError('Pair cannot be stratified over a mixture; give the mixture gradient="implicit"')
         self.theta._refuse(structure, subsampled, shared)
         self.phi._refuse(structure, subsampled, shared)
 

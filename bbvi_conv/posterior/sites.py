@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.program import Program, Rows
-from bbvi_conv.program.structure import is_deterministic, is_plate
+from bbvi_conv.program.structure import innermost, is_deterministic, is_plate
 
 Plates = tuple[tuple[str, int, int], ...]
 
@@ -98,17 +98,11 @@ def _variable(program: Program, site: dict[str, Any], latent: bool) -> Variable:
     if is_deterministic(site):
         event_dim = _event_dim(shape, int(fn.event_dim), plates)
         return Variable(site["name"], "deterministic", plates, event_dim, shape, False, "")
-    if isinstance(_innermost(fn), Unit):
+    if isinstance(innermost(fn), Unit):
         return Variable(site["name"], "factor", plates, 1, shape, scaled, "a factor has no distribution to draw from")
     if latent:
         return Variable(site["name"], "latent", plates, int(fn.event_dim), shape, scaled, "")
     return Variable(site["name"], "observed", plates, int(fn.event_dim), shape, scaled, _silent(fn))
-
-
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
 
 
 def _silent(fn: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,11 +29,14 @@ from bbvi_conv.program.structure import (
     check_finite,
     check_guide,
     check_site,
+    innermost,
     is_deterministic,
     is_plate,
     missing_latent,
+    plates_of,
     random_sites,
     revalued,
+    strata_of,
 )
 from bbvi_conv.program.tape import Tape, taped
 
@@ -48,6 +52,7 @@ class _Pass:
     guide_trace: Trace
     model_trace: Trace
     tape: Tape
+    guide_used: NoiseLayout
     store: dict[str, Any]
     modules: list[CalledModule]
 
@@ -181,11 +186,13 @@ def _build(
         dtype=dtype,
         obstacles=obstacles,
         untaped=untaped,
-        implicit=eager.tape.implicit,
+        implicit=eager.tape.implicit or _implicit(eager.guide_trace),
         modules=[called.module for called in eager.modules],
         own_rows=own_rows,
+        component_slots=slice(UNTAPED_SEED * untaped, UNTAPED_SEED * untaped + eager.guide_used.uniform),
     )
     program.structure = analyse(eager.guide_trace, eager.model_trace, _dependent(program, eager, batch))
+    _check_strata(program, eager)
     restore_buffers(eager.modules)
     return program
 
@@ -229,22 +236,23 @@ def _eager_pass(
                 guide(*args, **kwargs)
             except NotImplementedError as error:
                 raise ValueError(
-                    f"{type(guide).__name__} cannot be made for this model: {error}; "
+                    f"{guide._pyro_name} cannot be made for this model: {error}; "
                     "use a vectorized plate or range(), or write a guide"
                 ) from error
 
-        def run() -> tuple[Trace, Trace]:
-            drawn = guide_trace(guide, args, kwargs)
+        def run_model(drawn: Trace) -> Trace:
             with _CheckSites({s["name"] for s in random_sites(drawn)}):
-                return drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
+                return poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
 
-        run()  # parameters that start at random are made here, off the tape
+        run_model(guide_trace(guide, args, kwargs))  # parameters that start at random are made here, off the tape
         tape = stack.enter_context(taped(Tape(None, {})))
-        drawn, model_trace = run()
+        drawn = guide_trace(guide, args, kwargs)
+        guide_used = tape.used
+        model_trace = run_model(drawn)
         check_guide(drawn, model_trace)
         drawn.compute_log_prob()
         model_trace.compute_log_prob()
-    return _Pass(guide, drawn, model_trace, tape, store, modules)
+    return _Pass(guide, drawn, model_trace, tape, guide_used, store, modules)
 
 
 def _is_row_tensor(value: Any, total: int) -> bool:
@@ -322,9 +330,29 @@ def _check_local_latents(eager: _Pass, minibatch: Minibatch, by_index: bool) -> 
     if not by_index or isinstance(eager.guide, AutoContinuous):
         raise ValueError(
             f"latent site {local[0]!r} lies in the subsampled plate {minibatch.plate!r}, and guide "
-            f"{type(eager.guide).__name__} holds parameters per row: write an amortized guide, or use mean-field with "
+            f"{eager.guide._pyro_name} holds parameters per row: write an amortized guide, or use mean-field with "
             f'plate("{minibatch.plate}", N, subsample_size={minibatch.size}) in the model'
         )
+
+
+def _implicit(trace: Trace) -> bool:
+    """Whether a distribution says that its draw's gradient is implicit."""
+    return any(getattr(innermost(s["fn"]), "implicit_gradient", False) for s in random_sites(trace))
+
+
+def _check_strata(program: Program, eager: _Pass) -> None:
+    """A stratified mixture is one site, as wide as a unit, and all uniforms of the guide pick its component."""
+    sites = [s for s in random_sites(eager.guide_trace) if strata_of(s) > 1]
+    if not sites:
+        return
+    name, plates = sites[0]["name"], tuple(plate for plate, _, _ in plates_of(sites[0]))
+    if len(sites) > 1 or plates != program.structure.unit:
+        raise ValueError(
+            f"guide site {name!r} is a stratified mixture, which must hold all latents of a unit "
+            f'({program.structure.describe()}); give the mixture gradient="implicit"'
+        )
+    if eager.guide_used.uniform != math.prod(sites[0]["fn"].batch_shape):
+        raise ValueError(f"the guide draws uniforms besides those of the stratified mixture at site {name!r}")
 
 
 def _leaves(eager: _Pass) -> list[Leaf]:

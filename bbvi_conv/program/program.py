@@ -101,6 +101,7 @@ class Program:
         untaped: whether a random operation is drawn from a generator seeded by the tape.
         own_rows: plates whose rows the model draws by itself, in a loop of the user's own.
         implicit: whether a draw has an implicit gradient, which has no second derivative.
+        component_slots: uniforms by which the guide picks the component of a stratified mixture; empty without.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Program:
         implicit: bool,
         modules: Sequence[nn.Module],
         own_rows: Sequence[str] = (),
+        component_slots: slice = slice(0),
     ) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.store, self.structure, self.layout, self.dtype = store, structure, layout, dtype
@@ -132,6 +134,7 @@ class Program:
         self.leaves = tuple(sorted(leaves, key=lambda leaf: GROUPS.index(leaf.group)))
         self.modules, self.own_rows = tuple(modules), tuple(own_rows)
         self.analytic: tuple[str, ...] = ()
+        self.component_slots = component_slots
         self.scale = total / minibatch.size if minibatch else 1.0
         self.sizes = [leaf.tensor.numel() for leaf in self.leaves]
         self.device = next((leaf.tensor.device for leaf in self.leaves), torch.device("cpu"))
@@ -140,6 +143,22 @@ class Program:
     def unit_scale(self) -> float:
         """Factor of the per-unit terms: N/B where the subsampled plate is part of the unit, else 1."""
         return self.scale if self.plate in self.structure.unit else 1.0
+
+    @property
+    def strata(self) -> int:
+        """Components of a stratified mixture in the guide, else 1."""
+        return self.structure.strata
+
+    def stratified(self, noise: Noise) -> Noise:
+        """Noise of K runs ``(K, ...)`` to that of K C: each run once per component c of the guide's mixture.
+
+        The uniforms by which the guide picks a component hold c + 1.5 instead, which no uniform can.
+        """
+        normal, uniform = (part.repeat_interleave(self.strata, 0) for part in noise)
+        codes = torch.arange(self.strata, dtype=uniform.dtype, device=uniform.device) + 1.5
+        slots = self.component_slots
+        named = codes.repeat(len(noise.uniform)).unsqueeze(-1).expand(-1, slots.stop - slots.start)
+        return Noise(normal, torch.cat([uniform[:, : slots.start], named, uniform[:, slots.stop :]], -1))
 
     # ---- parameters: a flat vector for the optimiser, a nested dict for people ----
 
@@ -334,6 +353,14 @@ class Program:
                 sum((self.density(s).sum() for s in sites), torch.zeros((), dtype=self.dtype)),
                 log_q,
             )
+
+    def drawn(self, x: Tensor, noise: Noise, batch: Batch) -> Trace:
+        """Guide trace of one draw with its log-probabilities, differentiable in the flat parameters ``x``."""
+        with self.handlers(noise, batch) as tape:
+            tape.values = self._values(self.split(x)[1])
+            trace = guide_trace(self.guide, self.positional(batch), self.kwargs)
+            trace.compute_log_prob()
+        return trace
 
     def bind(self, function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
         """``function`` (model or guide) that runs with the values ``x``, in a store of its own."""

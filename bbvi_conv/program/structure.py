@@ -46,6 +46,8 @@ class Structure:
         observed: observed sites of the model (factors included, deterministic sites not).
         auxiliary: sites of the guide alone.
         score_sites: guide sites without a pathwise gradient.
+        no_path: guide sites whose density is known at their own draws only.
+        strata: components of a stratified mixture in the guide, every one of which each evaluation draws; else 1.
         unit: plates shared by all latent sites and every site that depends on a latent, outermost first.
         unit_shape: their sizes.
     """
@@ -54,6 +56,8 @@ class Structure:
     observed: tuple[Site, ...]
     auxiliary: tuple[Site, ...]
     score_sites: tuple[str, ...]
+    no_path: tuple[str, ...]
+    strata: int
     unit: tuple[str, ...]
     unit_dims: tuple[int, ...]
     unit_shape: tuple[int, ...]
@@ -70,6 +74,13 @@ def is_plate(site: dict[str, Any]) -> bool:
     return site["type"] == "sample" and isinstance(site["fn"], _Subsample)
 
 
+def innermost(fn: Any) -> Any:
+    """The distribution inside ``Independent`` and other wrappers."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
 def is_deterministic(site: dict[str, Any]) -> bool:
     """Whether a trace node is a ``pyro.deterministic`` statement."""
     return bool(site["infer"].get("_deterministic"))
@@ -78,6 +89,11 @@ def is_deterministic(site: dict[str, Any]) -> bool:
 def random_sites(trace: Trace) -> list[dict[str, Any]]:
     """Sample sites that carry density: neither plates nor deterministic values."""
     return [s for s in trace.nodes.values() if s["type"] == "sample" and not is_plate(s) and not is_deterministic(s)]
+
+
+def strata_of(site: dict[str, Any]) -> int:
+    """Components of a stratified mixture at a guide site, else 1; as its distribution declares."""
+    return int(getattr(innermost(site["fn"]), "strata", 1))
 
 
 def revalued(trace: Trace, change: Callable[[Tensor], Tensor]) -> Trace:
@@ -127,6 +143,8 @@ def analyse(guide_trace: Trace, model_trace: Trace, dependent: set[str]) -> Stru
         score_sites=tuple(
             s["name"] for s in guide_sites if not s["is_observed"] and not getattr(s["fn"], "has_rsample", True)
         ),
+        no_path=tuple(s["name"] for s in guide_sites if not getattr(innermost(s["fn"]), "path_log_q", True)),
+        strata=max((strata_of(s) for s in guide_sites), default=1),
         unit=tuple(name for name, _, _ in unit),
         unit_dims=tuple(dim for _, dim, _ in unit),
         unit_shape=tuple(size for _, _, size in unit),

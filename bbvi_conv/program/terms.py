@@ -11,7 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from bbvi_conv.program.structure import Structure, random_sites
+from bbvi_conv.program.structure import Structure, innermost, random_sites, strata_of
 
 
 class Terms(NamedTuple):
@@ -23,6 +23,7 @@ class Terms(NamedTuple):
         log_prior: ``(..., U)``, the part of ``log_p`` from latent sites.
         free: ``(...)``, observed sites that depend on no latent, minibatch scale included.
         score: ``(..., U)``, the part of ``log_q`` from sites without a pathwise gradient, always by ``phi_sample``.
+        weight: ``(..., U)`` or ``(..., 1)``, of the stratum drawn, with mean one over the strata; one without strata.
 
     A site with an analytic KL adds minus that KL to ``log_prior`` and ``log_p``, and nothing to ``log_q``.
     """
@@ -32,6 +33,7 @@ class Terms(NamedTuple):
     log_prior: Tensor
     free: Tensor
     score: Tensor
+    weight: Tensor
 
 
 class Scaling(Protocol):
@@ -105,8 +107,12 @@ def collect(
             log_q = log_q + per_unit(site, scaling.density(site))
     for name in structure.score_sites:
         score = score + per_unit(drawn.nodes[name], scaling.density(drawn.nodes[name]))
+    weight = torch.ones_like(zero)
+    for site in random_sites(drawn):
+        if strata_of(site) > 1:
+            weight = innermost(site["fn"]).stratum_weight.reshape(-1)
     size = torch.zeros_like(prior + likelihood + log_q)
-    return Terms(prior + likelihood, log_q + size, prior + size, free, score + size)
+    return Terms(prior + likelihood, log_q + size, prior + size, free, score + size, weight)
 
 
 def analytic_kl(guide_site: dict[str, Any], model_site: dict[str, Any]) -> Tensor:

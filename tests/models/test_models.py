@@ -59,10 +59,13 @@ def log_joint(model: Any, args: tuple[torch.Tensor, ...], values: dict[str, Any]
 
 def test_nothing_ships_untested() -> None:
     assert {path.stem for path in MODELS.glob("*.py")} == {
+        "banana",
         "challenger",
         "conjugate_gaussian",
         "eight_schools",
+        "funnel",
         "tighter_bounds",
+        "two_modes",
         "vae",
     }
     assert "models" not in sys.modules
@@ -334,3 +337,42 @@ def test_vae_data_are_binarised_with_the_grey_value_as_probability() -> None:
     assert white[255] == count[255]
     assert ((white - count * p).abs() <= 5 * (count * p * (1 - p)).sqrt()).all()
     assert count.min() > 1000  # power: at a thousand pixels a value five standard errors are at most 0.08
+
+
+# Targets of known density
+
+
+def banana(z: np.ndarray) -> np.ndarray:
+    """log p by scipy."""
+    return stats.norm.logpdf(z[:, 0], 0, 2) + stats.norm.logpdf(z[:, 1], 0.5 * z[:, 0] ** 2 - 2, 1)
+
+
+def funnel(z: np.ndarray) -> np.ndarray:
+    """log p by scipy."""
+    return stats.norm.logpdf(z[:, 0], 0, 3) + stats.norm.logpdf(z[:, 1:], 0, np.exp(z[:, :1] / 2)).sum(1)
+
+
+def two_modes(z: np.ndarray) -> np.ndarray:
+    """log p by scipy."""
+    left, right = (stats.multivariate_normal.pdf(z, [m, 0]) for m in (-4, 4))
+    return np.log(0.3 * left + 0.7 * right)
+
+
+MOMENTS = {
+    "banana": ([0, 0], [2, (0.25 * 32 + 1) ** 0.5]),  # var y = b^2 * 2 s^4 + 1
+    "funnel": ([0], [3]),
+    "two_modes": ([4 * 0.4, 0], [(1 + 16 * (1 - 0.16)) ** 0.5, 1]),
+}
+
+
+@pytest.mark.parametrize(("name", "log_p"), [("banana", banana), ("funnel", funnel), ("two_modes", two_modes)])
+def test_a_target_is_the_density_of_its_draws(name: str, log_p: Any) -> None:
+    module = load(name)
+    z = module.draws(20_000)
+    with default_dtype(torch.float64):
+        torch.testing.assert_close(module.log_density(z), torch.as_tensor(log_p(z.numpy())), rtol=1e-11, atol=1e-11)
+        assert log_joint(module.model, module.data(), {"z": z[0]}) == pytest.approx(log_p(z[:2].numpy())[0], rel=1e-11)
+    mean, deviation = (np.array(column) for column in MOMENTS[name])
+    seen = z[:, : len(mean)].numpy()
+    assert (np.abs(seen.mean(0) - mean) < 4 * deviation / 20_000**0.5).all()
+    assert (np.abs(seen.std(0) / deviation - 1) < 0.05).all()

@@ -56,13 +56,16 @@ def gaussian(program: Program, x: Tensor) -> MultivariateNormal:
     """q at the flat parameters ``x``, as torch knows it: differentiable, and no code of the families in it."""
     parts = torch.split(x, program.sizes)
     values = {
-        leaf.name.rpartition(".")[2] if leaf.name.endswith(("loc", "scale", "tril")) else leaf.name.split(".")[-2]: (
+        leaf.name.rpartition(".")[2] if leaf.name.endswith(("loc", "scale", "lower")) else leaf.name.split(".")[-2]: (
             transform_to(leaf.constraint)(part.reshape(leaf.tensor.shape))
         )
         for leaf, part in zip(program.leaves, parts, strict=True)
     }
-    if "scale_tril" in values:
-        return MultivariateNormal(values["loc"], scale_tril=values["scale"].unsqueeze(-1) * values["scale_tril"])
+    if "lower" in values:
+        dim = len(values["loc"])
+        rows, columns = torch.tril_indices(dim, dim, -1)
+        tril = torch.eye(dim, dtype=x.dtype).index_put((rows, columns), values["lower"])
+        return MultivariateNormal(values["loc"], scale_tril=values["scale"].unsqueeze(-1) * tril)
     return MultivariateNormal(values["locs"], scale_tril=torch.diag(values["scales"]))
 
 
@@ -78,7 +81,7 @@ def at(program: Program, loc: Tensor, scale: Tensor) -> Tensor:
     x = program.initial()
     parts = torch.split(x, program.sizes)
     for leaf, part in zip(program.leaves, parts, strict=True):
-        if leaf.constraint is constraints.unit_lower_cholesky:
+        if leaf.name.endswith("lower"):
             continue
         value = scale if "scale" in leaf.name else loc
         part.copy_(transform_to(leaf.constraint).inv(value))

@@ -16,6 +16,7 @@ from bbvi_conv.optim import (
     Constant,
     CosineDecay,
     ExponentialDecay,
+    InverseLinear,
     InverseSqrt,
     Optimiser,
     empty_average,
@@ -54,6 +55,7 @@ def torchs(
 RULES: list[tuple[Any, Callable[[int], float]]] = [
     (Constant(0.05), lambda n: 0.05),
     (InverseSqrt(0.3), lambda n: 0.3 / math.sqrt(n)),
+    (InverseLinear(0.6, 20.0), lambda n: 0.6 / (n + 20)),
     (ExponentialDecay(0.2, 0.5, 10), lambda n: 0.2 * 0.5 ** (n / 10)),
     (CosineDecay(0.2, 30), lambda n: 0.1 * (1 + math.cos(math.pi * min(n, 30) / 30))),
     (CosineDecay(0.2, 30, final=0.1), lambda n: 0.02 + 0.09 * (1 + math.cos(math.pi * min(n, 30) / 30))),
@@ -108,6 +110,7 @@ def test_updates_are_pure() -> None:
         (lambda: Constant(0.0), "step size must be positive and finite, got 0.0"),
         (lambda: Constant(float("nan")), "step size must be positive and finite"),
         (lambda: InverseSqrt(-1.0), "step size must be positive and finite, got -1.0"),
+        (lambda: InverseLinear(0.1, -1.0), "delay must be a finite number of at least 0, got -1.0"),
         (lambda: ExponentialDecay(0.1, 0.0, 10), "decay rate must be positive and finite, got 0.0"),
         (lambda: ExponentialDecay(0.1, 0.5, 0), "decay steps must be positive and finite, got 0"),
         (lambda: CosineDecay(float("inf"), 10), "step size must be positive and finite, got inf"),

@@ -1,0 +1,91 @@
+"""One factorised law per latent site on the unconstrained space, plates kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from operator import attrgetter
+from typing import Any, Protocol
+
+import pyro
+import pyro.distributions as dist
+from pyro.distributions.util import sum_rightmost
+from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide.utils import deep_setattr
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import biject_to
+
+from bbvi_conv.families.family import Parameter
+from bbvi_conv.families.scale_maps import ScaleMap
+from bbvi_conv.families.start import start
+
+
+class Factorised(Protocol):
+    """A family whose law is a product over coordinates."""
+
+    @property
+    def init_scale(self) -> float:
+        """Scale at the start."""
+        ...
+
+    @property
+    def scale_map(self) -> ScaleMap:
+        """From leaves to scales."""
+        ...
+
+    def more(self, loc: Tensor) -> dict[str, Parameter]:
+        """Parameters beyond location and scale, of the location's shape."""
+        ...
+
+    def coordinates(self, loc: Tensor, scale: Tensor, **more: Tensor) -> Any:
+        """The law of every coordinate."""
+        ...
+
+
+def sample_site(name: str, site: Any, law: Any) -> Tensor:
+    """Sample a site by a law of its unconstrained value, an auxiliary site beside it; inside the site's plates."""
+    transform, event_dim = biject_to(site["fn"].support), site["fn"].event_dim
+    free = pyro.sample(f"{name}_unconstrained", law, infer={"is_auxiliary": True})
+    value = transform(free)
+    volume = transform.inv.log_abs_det_jacobian(value, free)
+    volume = sum_rightmost(volume, volume.dim() - value.dim() + event_dim)
+    drawn: Tensor = pyro.sample(name, dist.Delta(value, log_density=volume, event_dim=event_dim))
+    return drawn
+
+
+class SiteGuide(AutoNormal):  # type: ignore[misc]
+    """One law per latent scalar on the unconstrained space."""
+
+    def __init__(self, model: Callable[..., Any], family: Factorised) -> None:
+        self.family = family
+        self.scale_constraint = family.scale_map.constraint
+        super().__init__(model, init_loc_fn=start, init_scale=float(family.init_scale))
+        self._pyro_name = f"{type(family).__name__}Guide"  # what its parameters and errors are named by
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        self.more = PyroModule()
+        self._more: tuple[str, ...] = ()
+        for name, event_dim in self._event_dims.items():
+            parameters = self.family.more(attrgetter(name)(self.locs).detach())
+            self._more = tuple(parameters)
+            for key, parameter in parameters.items():
+                deep_setattr(self.more, f"{key}.{name}", PyroParam(parameter.start, parameter.constraint, event_dim))
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every site inside its plates."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        result = {}
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            with ExitStack() as stack:
+                for frame in site["cond_indep_stack"]:
+                    if frame.vectorized:
+                        stack.enter_context(plates[frame.name])
+                loc, scale = self._get_loc_and_scale(name)
+                more = {key: attrgetter(f"{key}.{name}")(self.more) for key in self._more}
+                law = self.family.coordinates(loc, scale, **more)
+                result[name] = sample_site(name, site, law.to_event(self._event_dims[name]))
+        return result

@@ -1,0 +1,35 @@
+"""All latent sites as one vector on the unconstrained space, under the law of any vector family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoContinuous
+from pyro.nn import PyroParam
+
+from bbvi_conv.families.family import VectorFamily
+from bbvi_conv.families.start import start
+
+
+class PackedGuide(AutoContinuous):  # type: ignore[misc]
+    """A vector family over the packed sites of a model."""
+
+    def __init__(self, model: Callable[..., Any], family: VectorFamily) -> None:
+        self.family = family
+        super().__init__(model, init_loc_fn=start)
+        self._pyro_name = f"{type(family).__name__}Guide"  # what its parameters and errors are named by
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        loc = self._init_loc()
+        parameters = self.family.parameters(loc, torch.full_like(loc, self.family.init_scale))
+        self._names = list(parameters)
+        for name, parameter in parameters.items():
+            setattr(self, name, PyroParam(parameter.start, parameter.constraint))
+        self.layers = self.family.layers(self.latent_dim).to(loc)
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
+        """The law over the packed unconstrained vector."""
+        return self.family.law({name: getattr(self, name) for name in self._names}, self.layers)

@@ -1,0 +1,80 @@
+"""Stochastic gradient descent and Adam in functional form; all are pure functions of tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bbvi_conv.optim.step_sizes import InverseSqrt, StepSize, positive
+
+
+class Optimiser(Protocol):
+    """``init`` makes the state, ``update`` maps (gradient, state, iterate, step number) to the next iterate, state."""
+
+    def init(self, x: Tensor) -> tuple[Tensor, ...]:
+        """State before the first step."""
+        ...
+
+    def update(
+        self, grad: Tensor, state: tuple[Tensor, ...], x: Tensor, n: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+
+@dataclass(frozen=True)
+class SGD:
+    r"""Stochastic gradient descent :math:`x_n = x_{n-1} - \gamma_n G_n`."""
+
+    step_size: StepSize = field(default_factory=lambda: InverseSqrt(0.01))
+
+    def init(self, x: Tensor) -> tuple[Tensor, ...]:
+        """No state."""
+        return ()
+
+    def update(
+        self, grad: Tensor, state: tuple[Tensor, ...], x: Tensor, n: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One step downhill."""
+        return x - self.step_size(n) * grad, state
+
+
+@dataclass(frozen=True)
+class Adam:
+    r"""Adam with bias correction.
+
+    .. math:: m_n = \beta_1 m_{n-1} + (1-\beta_1) G_n, \quad v_n = \beta_2 v_{n-1} + (1-\beta_2) G_n^2, \quad
+              x_n = x_{n-1} - \gamma_n \frac{m_n / (1-\beta_1^n)}{\sqrt{v_n / (1-\beta_2^n)} + \epsilon}
+
+    Reference: Kingma and Ba (2015), https://arxiv.org/abs/1412.6980
+
+    Raises:
+        ValueError: if a beta lies outside [0, 1).
+    """
+
+    step_size: StepSize = field(default_factory=lambda: InverseSqrt(0.1))
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {beta}")
+        positive("eps", self.eps)
+
+    def init(self, x: Tensor) -> tuple[Tensor, ...]:
+        """First and second moment, zero."""
+        return torch.zeros_like(x), torch.zeros_like(x)
+
+    def update(
+        self, grad: Tensor, state: tuple[Tensor, ...], x: Tensor, n: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One step downhill."""
+        m = self.beta1 * state[0] + (1 - self.beta1) * grad
+        v = self.beta2 * state[1] + (1 - self.beta2) * grad * grad
+        debiased = (v / (1 - torch.exp(n * math.log(self.beta2)))).sqrt() if self.beta2 > 0 else v.sqrt()
+        mean = m / (1 - torch.exp(n * math.log(self.beta1))) if self.beta1 > 0 else m
+        return x - self.step_size(n) * mean / (debiased + self.eps), (m, v)

@@ -1,0 +1,112 @@
+"""Step-size rules: frozen values that map the step number to a step size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+StepSize = Callable[[Tensor], Tensor]
+"""Step number n = 1, 2, ... as a scalar tensor -> step size, a scalar tensor."""
+
+
+def positive(name: str, value: float) -> None:
+    """Refuse what is not positive and finite.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same step size at every step."""
+
+    size: float
+
+    def __post_init__(self) -> None:
+        positive("step size", self.size)
+
+    def __call__(self, n: Tensor) -> Tensor:
+        """``size``."""
+        return torch.full_like(n, self.size)
+
+
+@dataclass(frozen=True)
+class InverseSqrt:
+    r""":math:`\gamma_n = C n^{-1/2}`, the step size of the convergence theorem for Adam.
+
+    Reference: Surendran et al. (2025), theorem for Adam. Note that it is not square-summable.
+    """
+
+    size: float
+
+    def __post_init__(self) -> None:
+        positive("step size", self.size)
+
+    def __call__(self, n: Tensor) -> Tensor:
+        """``size / sqrt(n)``."""
+        return self.size * n.rsqrt()
+
+
+@dataclass(frozen=True)
+class InverseLinear:
+    r""":math:`\gamma_n = C / (n + n_0)`, for strongly convex objectives: :math:`C > 1/\mu` gives a rate of 1/n.
+
+    Reference: Domke et al. (2023), https://arxiv.org/abs/2306.03638, strongly log-concave targets.
+    """
+
+    size: float
+    delay: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive("step size", self.size)
+        if not 0 <= self.delay < math.inf:
+            raise ValueError(f"delay must be a finite number of at least 0, got {self.delay}")
+
+    def __call__(self, n: Tensor) -> Tensor:
+        """``size / (n + delay)``."""
+        return self.size / (n + self.delay)
+
+
+@dataclass(frozen=True)
+class ExponentialDecay:
+    r""":math:`\gamma_n = C r^{n/T}`: multiplied by ``rate`` every ``steps`` steps, smoothly."""
+
+    size: float
+    rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        positive("step size", self.size)
+        positive("decay rate", self.rate)
+        positive("decay steps", self.steps)
+
+    def __call__(self, n: Tensor) -> Tensor:
+        """``size * rate ** (n / steps)``."""
+        return self.size * torch.exp(n * (math.log(self.rate) / self.steps))
+
+
+@dataclass(frozen=True)
+class CosineDecay:
+    r""":math:`\gamma_n = \tfrac C2 (1 + \cos(\pi \min(n, T)/T))`, with a floor of ``final`` times C."""
+
+    size: float
+    steps: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive("step size", self.size)
+        positive("decay steps", self.steps)
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final must lie in [0, 1], got {self.final}")
+
+    def __call__(self, n: Tensor) -> Tensor:
+        """Half a cosine from ``size`` down to ``final * size``."""
+        wave = 0.5 * (1 + torch.cos(math.pi * (n / self.steps).clamp(max=1.0)))
+        return self.size * (self.final + (1 - self.final) * wave)

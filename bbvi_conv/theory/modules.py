@@ -1,0 +1,85 @@
+"""Networks of model and guide: smooth, Lipschitz, bounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pyro.infer.autoguide import AutoGuide
+from torch import nn
+
+from bbvi_conv.networks.constants import constants, kinks
+from bbvi_conv.program.program import Program
+from bbvi_conv.theory.condition import Condition
+
+
+class Network(NamedTuple):
+    """A network with parameters that are optimised: ``side`` is ``"guide"`` or ``"model"``."""
+
+    module: nn.Module
+    side: str
+
+    @property
+    def name(self) -> str:
+        """Which network, for a table."""
+        return f"network of the {self.side} ({type(self.module).__name__})"
+
+
+def networks(program: Program) -> list[Network]:
+    """Outermost modules that a program calls and whose parameters are leaves; model and guide are opened if modules."""
+    group = {id(leaf.tensor): leaf.group for leaf in program.leaves}
+    containers = {id(program.model), id(program.guide)}
+    called = [m for m in program.modules if id(m) not in containers and not isinstance(m, AutoGuide)]
+    inner = {id(child) for module in called for child in module.modules() if child is not module}
+    found = []
+    for module in called:
+        groups = {group[id(p)] for p in module.parameters() if id(p) in group}
+        if id(module) not in inner and groups:
+            found.append(Network(module, "guide" if "phi" in groups else "model"))
+    return found
+
+
+def layers(program: Program) -> int:
+    """N, linear and convolutional layers in all networks; 1 where there is none."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    return sum(isinstance(layer, kinds) for n in networks(program) for layer in n.module.modules()) or 1
+
+
+def conditions(program: Program, theorem: str) -> Iterator[Condition]:
+    """Smooth activations, Lipschitz constants and bounded outputs, network by network."""
+    for network in networks(program):
+        said, rough = constants(network.module), kinks(network.module)
+        if rough:
+            yield Condition(
+                theorem,
+                "smooth activations",
+                "fails",
+                network.name,
+                f"the derivative of {', '.join(rough)} jumps; use Tanh, Softplus, GELU or another smooth one",
+            )
+        elif math.isnan(said.smoothness):
+            yield Condition(theorem, "smooth activations", "unknown", network.name, said.why)
+        else:
+            yield Condition(
+                theorem,
+                "smooth activations",
+                "holds",
+                network.name,
+                f"Lipschitz with constant {said.lipschitz:.3g}, its derivative with {said.smoothness:.3g}, at the "
+                "weights as they stand",
+            )
+        if said.bounded:
+            yield Condition(
+                theorem, "bounded outputs", "holds", network.name, f"outputs lie in [{said.low:g}, {said.high:g}]"
+            )
+        elif math.isnan(said.low) or math.isnan(said.high):
+            yield Condition(theorem, "bounded outputs", "unknown", network.name, said.why)
+        else:
+            yield Condition(
+                theorem,
+                "bounded outputs",
+                "fails",
+                network.name,
+                "the last layer has no bounded range; end with bc.SoftClip(low, high), or use bc.bounded_mlp",
+            )

@@ -1,0 +1,1 @@
+"""The table of convergence theory for black-box variational inference, measured."""
