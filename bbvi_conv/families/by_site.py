@@ -45,8 +45,12 @@ class Factorised(Protocol):
 
 def sample_site(name: str, site: Any, law: Any) -> Tensor:
     """Sample a site by a law of its unconstrained value, an auxiliary site beside it; inside the site's plates."""
+    return put_site(name, site, pyro.sample(f"{name}_unconstrained", law, infer={"is_auxiliary": True}))
+
+
+def put_site(name: str, site: Any, free: Tensor) -> Tensor:
+    """Give a site the value that an unconstrained one stands for, with its volume; inside the site's plates."""
     transform, event_dim = biject_to(site["fn"].support), site["fn"].event_dim
-    free = pyro.sample(f"{name}_unconstrained", law, infer={"is_auxiliary": True})
     value = transform(free)
     volume = transform.inv.log_abs_det_jacobian(value, free)
     volume = sum_rightmost(volume, volume.dim() - value.dim() + event_dim)
