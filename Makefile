@@ -36,10 +36,10 @@ lint: $(READY) ## style and types only
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# pythae asks for more than its models need: what they import is named here, so that no other torch is pulled in.
+# The peers come with --no-deps where their lists would pull in another torch or more than their models need.
 benchmark-deps: $(READY) ## install the peers that benchmarks/ measures against
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cloudpickle imageio scikit-learn
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps pythae==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt numpyro jax cloudpickle imageio scikit-learn
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps pythae zuko
 
 clean: ## remove .venv, caches and build outputs (never runs/)
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -78,7 +78,7 @@ class IWAE(_KDraws):
 
     def weights(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised weights v, and v squared."""
-        v = torch.softmax(log_w, 0)
+        v = tempered(log_w, 0.0)
         return v, v * v
 
 
@@ -180,7 +180,7 @@ class MIWAE(Objective):
 
     def weights(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         """v / M and v squared / M, v normalised within groups."""
-        v = torch.softmax(self._groups(log_w), 0).transpose(0, 1).reshape(log_w.shape)
+        v = tempered(self._groups(log_w), 0.0).transpose(0, 1).reshape(log_w.shape)
         return v / self.num_groups, v * v / self.num_groups
 
     def quietest(self) -> MIWAE:
@@ -225,5 +225,5 @@ class CIWAE(_KDraws):
 
     def weights(self, log_w: Tensor) -> tuple[Tensor, Tensor]:
         """Both weights, mixed."""
-        v, even = torch.softmax(log_w, 0), torch.full_like(log_w, self.elbo_weight / len(log_w))
+        v, even = tempered(log_w, 0.0), torch.full_like(log_w, self.elbo_weight / len(log_w))
         return even + (1 - self.elbo_weight) * v, even + (1 - self.elbo_weight) * v * v

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from bbvi_conv.program.forms import FORMS
 from bbvi_conv.program.noise import Noise, NoiseLayout
 
 _ABOUT_THE_LEAF = (Tensor.requires_grad.__get__, Tensor.is_leaf.__get__)  # type: ignore[attr-defined]
@@ -44,7 +45,7 @@ class Tape(TorchFunctionMode):
     Args:
         noise: base noise of one run, or None to draw from torch's generator and count.
         values: identity of an unconstrained leaf tensor -> the tensor to use in its place.
-        serve: answer random operations at all; without it only leaves are replaced.
+        serve: answer random operations, and functions that have a cheaper form; without it only leaves are replaced.
         mark_no_grad: make ``torch.no_grad()`` regions visible to a tracer as detached values.
 
     Attributes:
@@ -109,7 +110,10 @@ class Tape(TorchFunctionMode):
             if rule is not None:
                 return rule(self, *args, **kwargs)
             self.untaped.add(name)
-        out = func(*args, **kwargs)
+        form = FORMS.get(func) if self.serve else None
+        out = NotImplemented if form is None else form(*args, **kwargs)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
         if self.mark_no_grad and not torch.is_grad_enabled() and not name.endswith("_"):
             out = tree_map(lambda x: x.detach() if isinstance(x, Tensor) and x.is_floating_point() else x, out)
         if self.mark_no_grad and func is Tensor.detach:

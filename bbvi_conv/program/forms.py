@@ -1,0 +1,31 @@
+"""Equal forms of torch functions that cost less than torch's own where a program is traced or mapped over draws.
+
+A form has the value and the gradient of its function, to rounding. Under ``torch.func`` some functions are taken apart
+into many operations before a decomposition table sees them; the tape puts the form in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+LINEAR_FROM = 40.0
+"""softplus(x) is x from here on: what is left out, e^-40, is below the rounding of x in float64."""
+
+
+def _cross_entropy(x: Tensor, y: Tensor, **options: Any) -> Any:
+    r""":math:`\log(1 + e^x) - y x`: three operations where torch's stable form becomes a dozen; finite at any logit."""
+    if options.pop("reduction", "mean") != "none" or any(value is not None for value in options.values()):
+        return NotImplemented
+    if x.shape != y.shape:
+        return NotImplemented  # torch says what is wrong
+    return functional.softplus(x, threshold=LINEAR_FROM) - y * x
+
+
+FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
+    functional.binary_cross_entropy_with_logits: _cross_entropy,
+}
+"""Function of torch -> its form, which answers ``NotImplemented`` to options it does not serve."""

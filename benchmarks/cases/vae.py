@@ -1,0 +1,220 @@
+"""Variational autoencoders: an MLP on MNIST-sized images, under the ELBO and IWAE bounds, and a convolutional one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+import bbvi_conv as bc
+from bbvi_conv.data import mnist
+from benchmarks.case import Arrays, Case, Twin
+
+PIXELS = 784
+
+
+def _digits(rows: int) -> Tensor:
+    """Black and white images, uint8 ``(N, 784)``: MNIST where ``BBVI_CONV_DATA`` has it, else coin flips."""
+    if os.environ.get("BBVI_CONV_DATA"):
+        grey = mnist("train")[0].reshape(-1, PIXELS)[:rows]
+        threshold = torch.randint(255, grey.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        return (threshold < grey).to(torch.uint8)
+    return torch.bernoulli(torch.full((rows, PIXELS), 0.13), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def _weights(module: nn.Module, name: str) -> Arrays:
+    return {f"{name}.{key}": value.detach().numpy() for key, value in module.named_parameters()}
+
+
+def _params(program: bc.Program, x: Tensor) -> Arrays:
+    """Weights of the modules under their names in torch."""
+    return {name.replace("$$$", "."): value.numpy() for name, value in program.constrained(x).items()}
+
+
+def _numpyro_loss(objective: Any) -> Any:
+    from numpyro.infer import RenyiELBO, Trace_ELBO
+
+    if isinstance(objective, bc.IWAE):
+        return RenyiELBO(alpha=0, num_particles=objective.num_particles)
+    return Trace_ELBO(num_particles=objective.num_particles)
+
+
+def vae(
+    objective: Any = None, *, hidden: int = 400, latent: int = 20, batch: int = 128, rows: int = 60_000, steps: int = 64
+) -> Case:
+    """784-hidden-latent and back, tanh, Bernoulli pixels; minibatches gathered from resident bytes.
+
+    Kingma and Welling (2014), appendix C.
+    """
+    objective = objective or bc.ELBO(1)
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(PIXELS, hidden), nn.Tanh(), nn.Linear(hidden, 2 * latent))
+    decoder = nn.Sequential(nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, PIXELS))
+    images = _digits(rows)
+    weights = {**_weights(encoder, "encoder"), **_weights(decoder, "decoder")}
+
+    def model(images: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(images)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(latent), 1.0).to_event(1))
+            pyro.sample("image", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=images.float())
+
+    def guide(images: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(images)):
+            loc, log_scale = encoder(images.float()).chunk(2, dim=-1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    def twin() -> Twin:
+        import jax.numpy as jnp
+        import numpyro
+        import numpyro.distributions as npd
+
+        def layer(name: str, x: Any) -> Any:
+            w = numpyro.param(f"{name}.weight", weights[f"{name}.weight"])
+            return x @ w.T + numpyro.param(f"{name}.bias", weights[f"{name}.bias"])
+
+        def model(images: Any, rows: Any = None) -> None:
+            with numpyro.plate("data", len(images), subsample_size=batch) as drawn:
+                x = images[drawn if rows is None else rows].astype(jnp.float32)
+                z = numpyro.sample("z", npd.Normal(jnp.zeros(latent), 1.0).to_event(1))
+                logits = layer("decoder.2", jnp.tanh(layer("decoder.0", z)))
+                numpyro.sample("image", npd.Bernoulli(logits=logits).to_event(1), obs=x)
+
+        def guide(images: Any, rows: Any = None) -> None:
+            with numpyro.plate("data", len(images), subsample_size=batch) as drawn:
+                x = images[drawn if rows is None else rows].astype(jnp.float32)
+                loc, log_scale = jnp.split(layer("encoder.2", jnp.tanh(layer("encoder.0", x))), 2, axis=-1)
+                numpyro.sample("z", npd.Normal(loc, jnp.exp(log_scale)).to_event(1))
+
+        return Twin(model, guide, (jnp.asarray(images.numpy()),), _numpyro_loss(objective))
+
+    return Case(
+        model=model,
+        guide=guide,
+        args=(images,),
+        twin=twin,
+        params=_params,
+        minibatch=bc.Minibatch(batch, plate="data"),
+        objective=objective,
+        step_size=1e-3,
+        pyro_bound=not isinstance(objective, bc.IWAE),
+        steps=steps,
+        pyro_steps=10,
+        notes=f"{'MNIST' if os.environ.get('BBVI_CONV_DATA') else 'simulated images'}"
+        + ("; Pyro's RenyiELBO is another bound" if isinstance(objective, bc.IWAE) else ""),
+    )
+
+
+def iwae_5() -> Case:
+    """The same under IWAE with K = 5."""
+    return vae(bc.IWAE(5), steps=16)
+
+
+def iwae_50() -> Case:
+    """The same under IWAE with K = 50."""
+    return vae(bc.IWAE(50), steps=3)
+
+
+CHANNELS = (32, 64, 64)
+
+
+def conv_vae(*, latent: int = 32, batch: int = 64, rows: int = 2048) -> Case:
+    """Three strided convolutions each way on 64 x 64 x 3 bytes, latent 32, Gaussian pixels of scale 0.1."""
+    torch.manual_seed(0)
+    a, b, c = CHANNELS
+    encoder = nn.Sequential(
+        *(nn.Conv2d(3, a, 4, 2, 1), nn.ReLU(), nn.Conv2d(a, b, 4, 2, 1), nn.ReLU(), nn.Conv2d(b, c, 4, 2, 1)),
+        *(nn.ReLU(), nn.Flatten(), nn.Linear(64 * c, 2 * latent)),
+    )
+    decoder = nn.Sequential(
+        *(nn.Linear(latent, 64 * c), nn.ReLU(), nn.Unflatten(-1, (c, 8, 8)), nn.ConvTranspose2d(c, b, 4, 2, 1)),
+        *(nn.ReLU(), nn.ConvTranspose2d(b, a, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(a, 3, 4, 2, 1), nn.Sigmoid()),
+    )
+    blobs = torch.rand(rows, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = (255 * nn.functional.interpolate(blobs, size=64, mode="bilinear")).byte()
+    weights = {**_weights(encoder, "encoder"), **_weights(decoder, "decoder")}
+
+    def model(images: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(images)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(latent), 1.0).to_event(1))
+            pyro.sample("image", dist.Normal(decoder(z), 0.1).to_event(3), obs=images.float() / 255)
+
+    def guide(images: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(images)):
+            loc, log_scale = encoder(images.float() / 255).chunk(2, dim=-1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    def twin() -> Twin:
+        import jax
+        import jax.numpy as jnp
+        import numpyro
+        import numpyro.distributions as npd
+        from numpyro.infer import Trace_ELBO
+
+        def pair(name: str) -> tuple[Any, Any]:
+            return (numpyro.param(f"{name}.{part}", weights[f"{name}.{part}"]) for part in ("weight", "bias"))  # type: ignore[return-value]
+
+        def dense(name: str, x: Any) -> Any:
+            w, bias = pair(name)
+            return x @ w.T + bias
+
+        def down(name: str, x: Any) -> Any:  # torch's (out, in, h, w); images channels last, which XLA's CPU prefers
+            w, bias = pair(name)
+            layout = ("NHWC", "OIHW", "NHWC")
+            return jax.lax.conv_general_dilated(x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout) + bias
+
+        def up(name: str, x: Any) -> Any:  # torch's (in, out, h, w): the transpose of a convolution flips its kernel
+            w, bias = pair(name)
+            w, layout = jnp.flip(w, (2, 3)), ("NHWC", "IOHW", "NHWC")
+            grown = jax.lax.conv_general_dilated(
+                x, w, (1, 1), ((2, 2), (2, 2)), lhs_dilation=(2, 2), dimension_numbers=layout
+            )
+            return grown + bias
+
+        def encode(x: Any) -> Any:
+            for name in ("encoder.0", "encoder.2", "encoder.4"):
+                x = jax.nn.relu(down(name, x))
+            return dense("encoder.7", jnp.transpose(x, (0, 3, 1, 2)).reshape(len(x), -1))
+
+        def decode(z: Any) -> Any:
+            x = jax.nn.relu(dense("decoder.0", z)).reshape(len(z), c, 8, 8)
+            x = jax.nn.relu(up("decoder.3", jnp.transpose(x, (0, 2, 3, 1))))
+            return jax.nn.sigmoid(up("decoder.7", jax.nn.relu(up("decoder.5", x))))
+
+        def taken(images: Any, drawn: Any, rows: Any) -> Any:
+            return images[drawn if rows is None else rows].astype(jnp.float32) / 255
+
+        def model(images: Any, rows: Any = None) -> None:
+            with numpyro.plate("data", len(images), subsample_size=batch) as drawn:
+                x = taken(images, drawn, rows)
+                z = numpyro.sample("z", npd.Normal(jnp.zeros(latent), 1.0).to_event(1))
+                numpyro.sample("image", npd.Normal(decode(z), 0.1).to_event(3), obs=x)
+
+        def guide(images: Any, rows: Any = None) -> None:
+            with numpyro.plate("data", len(images), subsample_size=batch) as drawn:
+                x = taken(images, drawn, rows)
+                loc, log_scale = jnp.split(encode(x), 2, axis=-1)
+                numpyro.sample("z", npd.Normal(loc, jnp.exp(log_scale)).to_event(1))
+
+        channels_last = jnp.asarray(images.permute(0, 2, 3, 1).contiguous().numpy())
+        return Twin(model, guide, (channels_last,), Trace_ELBO())
+
+    return Case(
+        model=model,
+        guide=guide,
+        args=(images,),
+        twin=twin,
+        params=_params,
+        minibatch=bc.Minibatch(batch, plate="data"),
+        step_size=1e-3,
+        steps=4,
+        pyro_steps=2,
+        notes="simulated images",
+    )

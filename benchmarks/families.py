@@ -1,0 +1,41 @@
+"""Gaussian families, ours, Pyro's and NumPyro's, and how our parameters read in NumPyro."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+import bbvi_conv as bc
+from benchmarks.case import Arrays
+
+MEAN_FIELD: dict[str, Any] = {"family": bc.MeanField()}
+FULL_RANK: dict[str, Any] = {"family": bc.FullRank()}
+
+
+def _mean_field_params(program: bc.Program, x: Tensor) -> Arrays:
+    """``...locs.SITE`` and ``...scales.SITE`` as ``SITE_auto_loc`` and ``SITE_auto_scale``."""
+    named = {}
+    for name, value in program.constrained(x).items():
+        _, kind, site = name.split(".", 2)
+        named[f"{site}_auto_{kind.removesuffix('s')}"] = value.numpy()
+    return named
+
+
+def _full_rank_params(program: bc.Program, x: Tensor) -> Arrays:
+    """Mean and factor of the packed vector; the sites come in the order of the model in both libraries' vectors."""
+    q = program.bind(lambda: program.guide.get_posterior(), x)()
+    return {"auto_loc": q.loc.detach().numpy(), "auto_scale_tril": (q.scale[:, None] * q.tril).detach().numpy()}
+
+
+def _auto(name: str) -> Any:
+    def pyro_guide(model: Any) -> Any:
+        from pyro.infer import autoguide
+
+        return getattr(autoguide, name)(model)
+
+    return pyro_guide
+
+
+MEAN_FIELD.update(params=_mean_field_params, pyro_guide=_auto("AutoNormal"))
+FULL_RANK.update(params=_full_rank_params, pyro_guide=_auto("AutoMultivariateNormal"))
