@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from bbvi_conv.program.build import build
     from bbvi_conv.program.minibatch import Minibatch
     from bbvi_conv.program.program import Program
+    from bbvi_conv.program.scan import scan
     from bbvi_conv.run import FitState, Settings
     from bbvi_conv.theory import Assumptions, assumptions
     from bbvi_conv.verdict import Verdict
@@ -64,6 +65,7 @@ _WHERE = {
     "Pair": "objectives",
     "SignalToNoise": "monitor.signal",
     "VRIWAE": "objectives",
+    "scan": "program.scan",
     "signal_to_noise": "monitor.signal",
     "Constant": "optim",
     "CosineDecay": "optim",
@@ -145,6 +147,7 @@ __all__ = [
     "fit",
     "gradient_mapping",
     "load",
+    "scan",
     "signal_to_noise",
     "soft_clip",
 ]

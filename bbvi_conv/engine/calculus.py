@@ -13,10 +13,10 @@ from torch import Tensor
 from bbvi_conv.engine.streams import Feed
 from bbvi_conv.objectives.objective import Objective
 from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.simplify import simplify
 from bbvi_conv.program.terms import Terms
 from bbvi_conv.program.trace import LogWeights, TracedLogWeights, Untraceable, over_draws, to_graph
 

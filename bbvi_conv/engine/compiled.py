@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from bbvi_conv.engine.engine import Carry, TracedEngine
 from bbvi_conv.engine.native import NativeLoop
-from bbvi_conv.engine.native.graphs import gather_inputs
 from bbvi_conv.engine.streams import Stream
 
 LARGE = 2**15
@@ -39,7 +38,7 @@ class CompiledEngine:
         if program.minibatch is not None and not program.by_index:
             rows = torch.arange(program.minibatch.size).expand(*seeds, -1)
             resident = [program.args[i] for i in program.batched]
-            graph = gather_inputs(graph, carry + 2, len(resident))
+            graph = _gather_inputs(graph, carry + 2, len(resident))
             example = [*example[: carry + 2], rows, *resident]
         self._moves_rows = program.minibatch is not None
         self._loop = NativeLoop(graph, example, carry, 2 + self._moves_rows, threads=_threads(traced.graph))
@@ -69,3 +68,23 @@ def _threads(graph: GraphModule) -> int:
         n.meta["tensor_meta"].shape.numel() for n in graph.graph.nodes if hasattr(n.meta.get("tensor_meta"), "shape")
     ]
     return torch.get_num_threads() if max(sizes, default=0) >= LARGE else 1
+
+
+def _gather_inputs(graph: GraphModule, first: int, count: int) -> GraphModule:
+    """The graph whose ``count`` inputs from ``first`` on are gathered by row from the whole data.
+
+    Its inputs are those before them, the rows, and the data.
+    """
+    inner = Graph()
+    known: dict[Node, Node] = {}
+    given = list(graph.graph.find_nodes(op="placeholder"))
+    for node in given[:first]:
+        known[node] = inner.node_copy(node)
+    rows = inner.placeholder("rows")
+    whole = [inner.placeholder(f"whole_{i}") for i in range(count)]
+    for node, data in zip(given[first:], whole, strict=True):
+        known[node] = inner.call_function(torch.ops.aten.index.Tensor, (data, [rows]))
+    for node in graph.graph.nodes:
+        if node.op != "placeholder":
+            known[node] = inner.node_copy(node, known.__getitem__)
+    return GraphModule(graph, inner)

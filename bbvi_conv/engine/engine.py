@@ -12,9 +12,9 @@ from torch.fx import GraphModule
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.streams import Stream
 from bbvi_conv.optim import Average, Optimiser, empty_average, include
+from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
-from bbvi_conv.program.simplify import simplify
 from bbvi_conv.program.trace import Untraceable, over_draws, to_graph
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from bbvi_conv import __version__
-from bbvi_conv.engine.native.graphs import lift, results
 from bbvi_conv.engine.native.library import is_cached, library, name_of
 from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views
+from bbvi_conv.program.graphs import lift, results
 from bbvi_conv.program.trace import first_sentence
 
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)

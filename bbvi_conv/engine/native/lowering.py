@@ -1,14 +1,13 @@
-"""From an ATen graph to a :class:`Plan`: torch's Inductor writes the kernels, this module writes down what they act on.
+"""From an ATen graph to a :class:`Plan`: torch's Inductor writes the kernels, a recorder what they act on.
 
 Inductor's own wrapper allocates and releases a tensor per result at every step. Here its wrapper runs once, on tensors
 without data, and what it allocates and calls is recorded; the compiled loop then repeats the calls on fixed memory.
-Every private interface of Inductor that the package uses is used in this file.
+Private interfaces of Inductor are used here and in ``recording``, and nowhere else.
 """
 
 from __future__ import annotations
 
-import ast
-import re
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -27,10 +26,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bbvi_conv.engine.native.graphs import results
-from bbvi_conv.engine.native.plan import Call, CannotCompile, Instruction, Kernel, Place, Plan, View, pack
+from bbvi_conv.engine.native.plan import CannotCompile, Copy, Instruction, Loop, Place, Plan, pack
+from bbvi_conv.engine.native.recording import Pending, Recorder, record
+from bbvi_conv.program.graphs import results, simplify
+from bbvi_conv.program.scan import BODIES
 
 SMALL = 2**14
 """Multiplications up to which a matrix product is written as multiply-and-sum, so that it fuses."""
@@ -72,133 +72,9 @@ def _decompositions() -> dict[Any, Any]:
         aten.mv.default: _mv,
         aten.dot.default: _mv,
         aten.addmm.default: _addmm,
+        torch.ops.bbvi_conv.stop.default: torch.clone,
     }
     return {**select_decomp_table(), **own}
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Write down every operation that computes; allocations and views only make tensors without data."""
-
-    def __init__(self, given: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.code: list[Instruction] = []
-        self.slots: dict[int, int] = {}
-        self.sizes: dict[int, int] = {}
-        self.kept: list[Any] = []  # storages stay alive, so that their addresses stay theirs
-        for tensor in given:
-            self.slot(tensor)
-
-    def slot(self, tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.slots:
-            self.slots[storage._cdata] = len(self.slots)
-            self.kept.append((storage, tensor))
-        number = self.slots[storage._cdata]
-        self.sizes[number] = storage.nbytes()
-        return number
-
-    def place(self, tensor: Tensor) -> Place:
-        return Place(self.slot(tensor), int(tensor.storage_offset()) * tensor.itemsize)
-
-    def view(self, tensor: Tensor) -> View:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return View(self.place(tensor), dtype, tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())))
-
-    def _encode(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.view(value)
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._encode(v) for v in value)
-        if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
-            return value
-        if isinstance(value, (torch.device, torch.layout, torch.memory_format)):
-            return None  # all memory is on the CPU, strided, and laid out by Inductor
-        raise CannotCompile(f"an argument of type {type(value).__name__} has no place in a compiled loop")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func.is_view or func.namespace == "prim" or func._schema.name in _ALLOCATES:
-            return out
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise CannotCompile(f"random operation {func} is not on the noise tape")
-        results = [t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, Tensor)]
-        writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
-        encoded, named = self._encode(list(args)), {k: self._encode(v) for k, v in kwargs.items()}
-        kept = () if writes else tuple(self.view(t) for t in results)
-        self.code.append(Call(str(func), tuple(encoded), {k: v for k, v in named.items() if v is not None}, kept))
-        return out
-
-
-_ALLOCATES = ("aten::empty_strided", "aten::empty.memory_format", "aten::empty", "aten::empty_like")
-
-
-def _kernels(module: ast.Module, prefix: str) -> dict[str, tuple[tuple[str, ...], str, str]]:
-    """Name in the wrapper -> (argument types, unique name, C++ text)."""
-    found = {}
-    for node in module.body:
-        made = node.value if isinstance(node, ast.Assign) else None
-        if not (isinstance(made, ast.Call) and isinstance(made.func, ast.Attribute) and isinstance(node, ast.Assign)):
-            continue
-        if made.func.attr == "cpp_pybinding" and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            types, text = ast.literal_eval(made.args[0]), ast.literal_eval(made.args[1])
-            own = f"{prefix}{name}"
-            text, count = re.subn(r'extern "C"\s+void\s+kernel\(', f"static void {own}(", text)
-            if count != 1:
-                raise CannotCompile("the generated code has another form than the one this version of bbvi_conv knows")
-            found[name] = (tuple(types), own, text)
-    return found
-
-
-def _record(code: str, given: Sequence[Tensor], recorder: _Recorder, prefix: str) -> tuple[list[str], Sequence[Tensor]]:
-    """Run Inductor's wrapper on tensors without data; returns the kernels' text and the wrapper's results."""
-    module = ast.parse(code)
-    kernels = _kernels(module, prefix)
-    wrapper = next((n for n in ast.walk(module) if isinstance(n, ast.FunctionDef) and n.name == "call"), None)
-    if wrapper is None:
-        raise CannotCompile("the generated code has no entry point that this version of bbvi_conv knows")
-
-    def kernel(types: tuple[str, ...], name: str) -> Any:
-        def call(*tensors: Tensor) -> None:
-            if not all(isinstance(t, Tensor) for t in tensors):
-                raise CannotCompile("a kernel takes an argument that is not a tensor")
-            recorder.code.append(Kernel(name, types, tuple(recorder.place(t) for t in tensors)))
-
-        return call
-
-    def reinterpret(tensor: Tensor, size: Any, stride: Any, offset: int = 0) -> Tensor:
-        return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
-
-    def allocate(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(size, stride, dtype=dtype)
-
-    def ignore(*_: Any, **__: Any) -> None:
-        return None
-
-    from torch._inductor.select_algorithm import extern_kernels
-
-    names: dict[str, Any] = {name: kernel(types, own) for name, (types, own, _) in kernels.items()}
-    names |= {
-        "torch": torch,
-        "aten": torch.ops.aten,
-        "inductor_ops": torch.ops.inductor,
-        "extern_kernels": extern_kernels,
-        "device": torch.device,
-        "inf": float("inf"),
-        "nan": float("nan"),
-        "empty_strided_cpu": allocate,
-        "reinterpret_tensor": reinterpret,
-        "assert_size_stride": ignore,
-        "assert_alignment": ignore,
-    }
-    parameters = [a.arg for a in wrapper.args.args]
-    wrapper.decorator_list = []
-    entry = ast.Module([wrapper], type_ignores=[])
-    exec(compile(ast.fix_missing_locations(entry), "<inductor>", "exec"), names)
-    with recorder:
-        results = names["call"](*([None] * (len(parameters) - 1)), list(given))
-    return [text for _, _, text in kernels.values()], results
 
 
 def _settings(threads: int) -> dict[str, Any]:
@@ -244,6 +120,70 @@ def _lower(graph: GraphModule, given: Sequence[Tensor], mode: FakeTensorMode) ->
     return str(getattr(code, "value", code))
 
 
+class _Lowering:
+    """Graphs to instructions over the slots of one recorder: that of a step, and those of the scans inside it."""
+
+    def __init__(self, recorder: Recorder, mode: FakeTensorMode) -> None:
+        self.recorder, self.mode = recorder, mode
+        self.sources: list[str] = []
+        self._graphs = 0
+
+    def instructions(
+        self, graph: GraphModule, given: Sequence[Tensor], carry: int, outs: Sequence[Tensor]
+    ) -> list[Instruction]:
+        """What computes ``graph`` on ``given``, its first results back into ``given``, the others into ``outs``."""
+
+        def step(*flat: Tensor) -> tuple[()]:
+            inputs, outs = flat[: len(given)], flat[len(given) :]
+            values = Interpreter(graph).run(*inputs)
+            for target, value in zip((*inputs[:carry], *outs), values, strict=True):
+                target.copy_(value)
+            return ()
+
+        everything = [*given, *outs]
+        with self.mode:
+            pure = make_fx(step, decomposition_table=_decompositions())(*everything)
+        pure = GraphModule(pure, fx_graph_cse(pure.graph))
+        pure.graph.eliminate_dead_code()
+        pure.recompile()
+        code = _lower(pure, everything, self.mode)
+        self.recorder.code = []
+        with self.mode:
+            self.sources += record(code, everything, self.recorder, f"k{self._graphs}_")
+        self._graphs += 1
+        made = self.recorder.code
+        return [i for part in made for i in (self._scan(part) if isinstance(part, Pending) else [part])]
+
+    def _scan(self, scan: Pending) -> list[Instruction]:
+        """A loop over the body of a scan, with copies of slices in and out."""
+        body, slots = BODIES[scan.name], self.recorder
+        rounds = len(scan.xs[0])
+        with self.mode:
+            state = [torch.empty(c.shape, dtype=c.dtype) for c in scan.carry]
+            slices = [torch.empty(x.shape[1:], dtype=x.dtype) for x in scan.xs]
+            ys = [torch.empty(shape, dtype=dtype) for shape, dtype in body.results[body.carry :]]
+        graph = simplify(GraphModule(body.graph, copy.deepcopy(body.graph.graph)))
+        inner = self.instructions(graph, [*state, *slices, *scan.fixed], body.carry, ys)
+        last, kept, given = (
+            scan.results[: body.carry],
+            scan.results[body.carry : 2 * body.carry],
+            scan.results[2 * body.carry :],
+        )
+
+        def copies(sources: Sequence[Tensor], targets: Sequence[Tensor], moves: str) -> list[Copy]:
+            """From whole to whole, or from or to the slice of the round."""
+            pairs = zip(sources, targets, strict=True)
+            return [_copy(slots.place(a), slots.place(b), a if moves == "target" else b, moves) for a, b in pairs]
+
+        before = [*copies(scan.xs, slices, "source"), *copies(state, kept, "target")]
+        loop = Loop(rounds, scan.reverse, tuple(before), tuple(inner), tuple(copies(ys, given, "target")))
+        return [*copies(scan.carry, state, ""), loop, *copies(state, last, "")]
+
+
+def _copy(source: Place, target: Place, part: Tensor, moves: str) -> Copy:
+    return Copy(source, target, part.numel() * part.itemsize, moves)
+
+
 def lower(graph: GraphModule, example: Sequence[Tensor], carry: int, *, threads: int = 1) -> Plan:
     """Lower ``graph``, whose first ``carry`` results replace its first ``carry`` inputs, to a plan.
 
@@ -266,28 +206,12 @@ def lower(graph: GraphModule, example: Sequence[Tensor], carry: int, *, threads:
         stack.enter_context(tracing(TracingContext(mode)))
         with mode:
             given = [mode.from_tensor(t, static_shapes=True) for t in example]
-            metas = results(graph)[carry:]
-            outs = [torch.empty(m.shape, dtype=m.dtype) for m in metas]
-
-            def step(*flat: Tensor) -> tuple[()]:
-                inputs, outs = flat[: len(given)], flat[len(given) :]
-                values = Interpreter(graph).run(*inputs)
-                for target, value in zip((*inputs[:carry], *outs), values, strict=True):
-                    target.copy_(value)
-                return ()
-
-            pure = make_fx(step, decomposition_table=_decompositions())(*given, *outs)
-        pure = GraphModule(pure, fx_graph_cse(pure.graph))
-        pure.graph.eliminate_dead_code()
-        pure.recompile()
+            outs = [torch.empty(m.shape, dtype=m.dtype) for m in results(graph)[carry:]]
         everything = [*given, *outs]
-        code = _lower(pure, everything, mode)
-        recorder = _Recorder(everything)
-        with mode:
-            sources, _ = _record(code, everything, recorder, "k0_")
-    count = len(everything)
+        lowering = _Lowering(Recorder(everything), mode)
+        code = lowering.instructions(graph, given, carry, outs)
+    recorder, count = lowering.recorder, len(everything)
     if len(recorder.slots) < count or any(recorder.slot(t) != i for i, t in enumerate(everything)):
         raise CannotCompile("two inputs share memory")
-    sizes = {slot: size for slot, size in recorder.sizes.items() if slot >= count}
-    packed, scratch = pack(count, sizes, recorder.code)
-    return Plan(tuple(recorder.sizes[i] for i in range(count)), scratch, packed, tuple(sources))
+    packed, scratch = pack(count, {slot: size for slot, size in recorder.sizes.items() if slot >= count}, code)
+    return Plan(tuple(recorder.sizes[i] for i in range(count)), scratch, packed, tuple(lowering.sources))

@@ -1,15 +1,12 @@
-"""Take out of a finished graph what it computes twice, and what changes nothing.
-
-For graphs that nobody differentiates any more: ``detach`` has done its work there. A guide that runs twice at equal
-parameters, as sticking the landing has it, then runs once.
-"""
+"""ATen graphs: what they give, their constants as inputs, and fewer operations for the same function."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 
 _aten: Any = torch.ops.aten
 
@@ -19,8 +16,54 @@ _ONE = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 _ZERO = (_aten.add.Tensor, _aten.sub.Tensor)
 
 
+NARROW = 64
+"""Columns up to which a tall constant matrix is kept columns first: its rows then fill whole vectors."""
+
+
+def results(graph: GraphModule) -> list[Any]:
+    """Shape and dtype of each result, as tracing saw them."""
+    (made,) = graph.graph.output_node().args
+    assert isinstance(made, (list, tuple))
+    return [node.meta["tensor_meta"] for node in made if isinstance(node, Node)]
+
+
+def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+    """The graph with its constant tensors as further inputs, after the others, and the constants.
+
+    Constant scalars are written into the graph, where they fold.
+    """
+    inner = Graph()
+    known: dict[Node, Node] = {}
+    for node in graph.graph.find_nodes(op="placeholder"):
+        known[node] = inner.node_copy(node)
+    lifted: dict[str, Node] = {}
+    constants: list[Tensor] = []
+    for node in graph.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        value = getattr(graph, name)
+        if name not in lifted and value.dim():
+            lifted[name] = inner.placeholder(f"constant_{len(constants)}")
+            constants.append(_columns_first(value.detach()))
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op != "get_attr":
+            known[node] = inner.node_copy(node, known.__getitem__)
+        elif str(node.target) in lifted:
+            known[node] = lifted[str(node.target)]
+        else:
+            value = getattr(graph, str(node.target))
+            full = torch.ops.aten.full.default
+            known[node] = inner.call_function(full, ([], value.item()), {"dtype": value.dtype})
+    return GraphModule(graph, inner), constants
+
+
 def simplify(graph: GraphModule) -> GraphModule:
-    """The same function with fewer operations; changes ``graph`` and returns it."""
+    """The same function without what it computes twice and what changes nothing; changes ``graph`` and returns it.
+
+    For graphs that nobody differentiates any more: ``detach`` has done its work there. A guide that runs twice at equal
+    parameters, as sticking the landing has it, then runs once.
+    """
     seen: dict[Any, Node] = {}
     for node in list(graph.graph.nodes):
         if node.op not in ("call_function", "get_attr"):
@@ -91,3 +134,9 @@ def _make_zero(graph: GraphModule, node: Node) -> None:
     zero.meta["tensor_meta"] = meta
     node.replace_all_uses_with(zero)
     graph.graph.erase_node(node)
+
+
+def _columns_first(value: Tensor) -> Tensor:
+    if value.dim() == 2 and value.shape[1] <= NARROW and value.shape[0] >= 4 * value.shape[1]:
+        return value.t().contiguous().t()
+    return value.contiguous()

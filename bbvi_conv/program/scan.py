@@ -1,0 +1,381 @@
+r"""Recursions in models: ``scan`` runs a step along a sequence without unrolling it into the traced graph.
+
+A Python loop of 200 rounds traces into 200 copies of its body, thousands of operations that take minutes to compile.
+``scan`` traces the body once, as an operation of its own, and compiled code runs it as a loop. Its derivative is a scan
+in the other direction, so that gradients and curvature stay loops as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from bbvi_conv.program.graphs import lift
+from bbvi_conv.program.trace import to_graph
+
+
+class Body(NamedTuple):
+    """One round as a graph ``(carry..., x..., fixed...) -> (carry..., y...)`` of flat tensors."""
+
+    graph: GraphModule
+    carry: int
+    moving: int
+    results: tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+BODIES: dict[str, Body] = {}
+"""Bodies by the digest of their code, which stands for them in a graph."""
+
+
+def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, reverse: bool = False) -> tuple[Any, Any]:
+    r"""Run ``carry, y = step(carry, x)`` along the leading dimension of ``xs``; the last carry and all ``y``.
+
+    .. math:: c_t, y_t = f(c_{t-1}, x_t), \quad t = 1, \dots, T
+
+    In a model that is traced the loop stays a loop; elsewhere it is a Python loop.
+
+    Args:
+        step: a pure function of tensors; it may use tensors and modules of the function around it. No sample sites:
+            draw before the loop, and pass the values in ``xs``.
+        carry: tensors, or nested tuples, lists and dicts of them, whose shapes and types ``step`` keeps.
+        xs: tensors ``(T, ...)``, nested likewise; T is at least 1.
+        reverse: from the last round to the first; ``y_t`` still lies at t.
+
+    Returns:
+        The carry after the last round, and what ``y`` holds, each ``(T, ...)``.
+
+    Raises:
+        ValueError: ``xs`` of different lengths or empty, or a carry that changes its shape, type or structure.
+
+    Example:
+        >>> total, sums = scan(lambda s, x: (s + x, s + x), torch.tensor(0.0), torch.tensor([1.0, 2.0, 3.0]))
+        >>> sums.tolist()
+        [1.0, 3.0, 6.0]
+    """
+    length = _length(xs)
+    mode = get_proxy_mode()
+    if mode is None:
+        return _by_python(step, carry, xs, length, reverse)
+    flat_carry, carry_spec = tree_flatten(carry)
+    flat_xs, xs_spec = tree_flatten(xs)
+    fixed, rebind = _free(step)
+    y_spec: Any = None
+
+    def one(*flat: Tensor) -> tuple[Tensor, ...]:
+        nonlocal y_spec
+        first, second = len(flat_carry), len(flat_carry) + len(flat_xs)
+        given = tree_unflatten(list(flat[:first]), carry_spec), tree_unflatten(list(flat[first:second]), xs_spec)
+        with rebind(flat[second:]) as bound:
+            new, y = bound(*given)
+        _check(carry, new)
+        flat_y, y_spec = tree_flatten(y)
+        return (*tree_leaves(new), *flat_y)
+
+    name, constants = _register(one, flat_carry, [x[0] for x in flat_xs], fixed, outer=mode.tracer.tensor_tracker)
+    made = torch.ops.bbvi_conv.scan(name, flat_carry, [x.contiguous() for x in flat_xs], [*fixed, *constants], reverse)
+    last, ys = made[: len(flat_carry)], made[2 * len(flat_carry) :]
+    return tree_unflatten(list(last), carry_spec), tree_unflatten(list(ys), y_spec)
+
+
+def _length(xs: Any) -> int:
+    lengths = {len(x) for x in tree_leaves(xs) if isinstance(x, Tensor) and x.dim()}
+    if len(lengths) != 1 or 0 in lengths or not all(isinstance(x, Tensor) and x.dim() for x in tree_leaves(xs)):
+        raise ValueError(f"scan needs xs of tensors (T, ...) with one T of at least 1, got lengths {sorted(lengths)}")
+    return int(lengths.pop())
+
+
+def _by_python(step: Any, carry: Any, xs: Any, length: int, reverse: bool) -> tuple[Any, Any]:
+    ys = []
+    for t in reversed(range(length)) if reverse else range(length):
+        new, y = step(carry, tree_map(lambda x, t=t: x[t], xs))
+        _check(carry, new)
+        carry = new
+        ys.append(y)
+    return carry, tree_map(lambda *parts: torch.stack(parts), *(ys[::-1] if reverse else ys))
+
+
+def _check(before: Any, after: Any) -> None:
+    (old, spec), (new, other) = tree_flatten(before), tree_flatten(after)
+    kinds = [[(tuple(t.shape), t.dtype) for t in leaves] for leaves in (old, new)]
+    if spec != other or kinds[0] != kinds[1]:
+        raise ValueError(f"step must keep the carry's shapes and types: it was {kinds[0]}, it became {kinds[1]}")
+
+
+# ---- what a step uses besides its arguments ----
+
+
+def _free(step: Callable[..., Any]) -> tuple[list[Tensor], Callable[..., Any]]:
+    """Tensors of the function around ``step``, and a context manager that gives ``step`` over others in their place."""
+    cells = [cell.cell_contents for cell in getattr(step, "__closure__", None) or ()]
+    found: dict[int, Tensor] = {}
+    for value in cells:
+        for leaf in tree_leaves(value):
+            for tensor in leaf.parameters() if isinstance(leaf, nn.Module) else (leaf,):
+                if isinstance(tensor, Tensor):
+                    found.setdefault(id(tensor), tensor)
+    order = {key: index for index, key in enumerate(found)}
+
+    @contextmanager
+    def rebind(given: Sequence[Tensor]) -> Iterator[Callable[..., Any]]:
+        def new(leaf: Any) -> Any:
+            return given[order[id(leaf)]] if id(leaf) in order else leaf
+
+        modules = {leaf for value in cells for leaf in tree_leaves(value) if isinstance(leaf, nn.Module)}
+        kept = [(owner, name, p) for m in modules for owner in m.modules() for name, p in owner._parameters.items()]
+        try:
+            for owner, name, parameter in kept:
+                if parameter is not None:
+                    owner._parameters[name] = new(parameter)
+            swapped = [types.CellType(tree_map(new, value)) for value in cells]
+            yield (
+                types.FunctionType(step.__code__, step.__globals__, step.__name__, step.__defaults__, tuple(swapped))
+                if swapped and isinstance(step, types.FunctionType)
+                else step
+            )
+        finally:
+            for owner, name, parameter in kept:
+                owner._parameters[name] = parameter
+
+    # `+ 0` hands a module's parameter to whoever stands in for it: the noise tape answers operations, not names
+    return [t + 0 if isinstance(t, nn.Parameter) else t for t in found.values()], rebind
+
+
+# ---- bodies ----
+
+
+def _apart(function: Callable[[], Any]) -> Any:
+    """Run in a thread of its own, which sees nothing of the tracing, mapping and handling around it."""
+    done: list[Any] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(function())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
+def _register(
+    function: Callable[..., Any],
+    carry: Sequence[Tensor],
+    x: Sequence[Tensor],
+    fixed: Sequence[Tensor],
+    *,
+    outer: Any = None,
+) -> tuple[str, list[Tensor]]:
+    """Trace a round on tensors of these shapes; the name of its body, and constants, which are further fixed inputs.
+
+    ``outer`` holds the tensors of the tracing around a round of the user's own, which may hold mutations as well.
+    """
+    kinds = [(t.shape, t.dtype, t.device) for t in (*carry, *x, *fixed)]
+
+    def trace() -> tuple[GraphModule, list[Tensor], Sequence[Tensor]]:
+        example = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
+        graph = to_graph(function, *example, functional=outer is not None)
+        for name in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
+            if outer is not None and getattr(graph, name) in outer:
+                raise ValueError(
+                    "the step of a scan uses a tensor that depends on parameters and is no variable of the function "
+                    "around it: pass it in the carry, in xs, or as a local variable"
+                )
+        _replace_detach(graph, torch.ops.bbvi_conv.stop.default if outer is not None else None)
+        graph, constants = lift(graph)
+        return graph, constants, graph(*example, *constants)
+
+    graph, constants, made = _apart(trace)
+    name = hashlib.sha256(f"{graph.code}\n{kinds}\n{len(carry)} {len(x)}".encode()).hexdigest()[:24]
+    BODIES[name] = Body(graph, len(carry), len(x), tuple((m.shape, m.dtype) for m in made))
+    return name, constants
+
+
+def _replace_detach(graph: GraphModule, stop: Any) -> None:
+    """Make every ``detach`` the given operation, or nothing.
+
+    What a user detaches has to stay so in every derivative. The transposed derivatives of a round are traced through
+    autograd, which detaches what it saves; those, differentiated again, must not lose a term.
+    """
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        if stop is not None:
+            node.target = stop
+        else:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+# ---- the operations ----
+
+
+@torch.library.custom_op("bbvi_conv::stop", mutates_args=())
+def _stop(x: Tensor) -> Tensor:
+    """``detach`` of a scan's body: the same value, no derivative of any order."""
+    return x.clone()
+
+
+_stop.register_fake(torch.empty_like)
+_stop.register_autograd(lambda ctx, grad: torch.zeros_like(grad))
+_stop.register_vmap(lambda info, in_dims, x: (torch.ops.bbvi_conv.stop(x), in_dims[0]))
+
+
+@torch.library.custom_op("bbvi_conv::scan", mutates_args=())
+def _scan(name: str, carry: list[Tensor], xs: list[Tensor], fixed: list[Tensor], reverse: bool) -> list[Tensor]:
+    """Last carry, the carry before each round, and what each round gives."""
+    body = BODIES[name]
+    length = len(xs[0])
+    before: list[Any] = [None] * length
+    given: list[Any] = [None] * length
+    now = list(carry)
+    for t in reversed(range(length)) if reverse else range(length):
+        before[t] = now
+        made = body.graph(*now, *(x[t] for x in xs), *fixed)
+        now, given[t] = list(made[: body.carry]), made[body.carry :]
+    kept = [torch.stack(column) for column in zip(*before, strict=True)]
+    ys = [torch.stack(column) for column in zip(*given, strict=True)]
+    return [*(c.clone() for c in now), *kept, *ys]
+
+
+@_scan.register_fake
+def _(name: str, carry: list[Tensor], xs: list[Tensor], fixed: list[Tensor], reverse: bool) -> list[Tensor]:
+    length, body = len(xs[0]), BODIES[name]
+    ys = [carry[0].new_empty((length, *shape), dtype=dtype) for shape, dtype in body.results[body.carry :]]
+    return [*(c.new_empty(c.shape) for c in carry), *(c.new_empty((length, *c.shape)) for c in carry), *ys]
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    name, carry, xs, fixed, reverse = inputs
+    ctx.name, ctx.reverse, ctx.sizes = name, reverse, (len(carry), len(xs), len(fixed))
+    ctx.save_for_backward(*carry, *output[len(carry) : 2 * len(carry)], *xs, *fixed)
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx: Any, grads: Any) -> Any:
+    """The scan of the rounds' transposed derivatives, in the other direction."""
+    name, (carried, moving, _) = ctx.name, ctx.sizes
+    saved = list(ctx.saved_tensors)
+    start, before, saved = saved[:carried], saved[carried : 2 * carried], saved[2 * carried :]
+    xs, fixed = saved[:moving], saved[moving:]
+    grads = [_zeros_if_none(g, o) for g, o in zip(grads, _outputs(name, start, xs), strict=True)]
+    d_last, d_before, d_ys = grads[:carried], grads[carried : 2 * carried], grads[2 * carried :]
+    lives = [_is_float(t) for t in (*start, *xs, *fixed)]
+    d_fixed = [torch.zeros_like(f) for f in fixed if _is_float(f)]
+    back, constants = _transposed(name, start, xs, fixed)
+    live_last = [d for d, c in zip(d_last, start, strict=True) if _is_float(c)]
+    live_before = [d for d, c in zip(d_before, start, strict=True) if _is_float(c)]
+    live_ys = [d for d in d_ys if _is_float(d)]
+    made = torch.ops.bbvi_conv.scan(
+        back,
+        [*live_last, *d_fixed],
+        [*before, *xs, *(d.contiguous() for d in (*live_before, *live_ys))],
+        [*fixed, *constants],
+        not ctx.reverse,
+    )
+    total = len(live_last) + len(d_fixed)
+    out = iter([*made[: len(live_last)], *made[2 * total :], *made[len(live_last) : total]])
+    flat = [next(out) if live else None for live in lives]
+    return None, flat[:carried], flat[carried : carried + moving], flat[carried + moving :], None
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def _zeros_if_none(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def _outputs(name: str, carry: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of the shapes of the results."""
+    length, body = len(xs[0]), BODIES[name]
+    ys = [torch.empty((length, *s), dtype=d, device=carry[0].device) for s, d in body.results[body.carry :]]
+    return [*carry, *(c.new_empty((length, *c.shape)) for c in carry), *ys]
+
+
+def _transposed(
+    name: str, carry: Sequence[Tensor], xs: Sequence[Tensor], fixed: Sequence[Tensor]
+) -> tuple[str, list[Tensor]]:
+    """The body ``(d carry, sum of d fixed | carry, x, d carry kept, d y | fixed) -> (d carry, sum | d x)``."""
+    body = BODIES[name]
+    counts = len(carry), len(xs)
+    ys = [(shape, dtype) for shape, dtype in body.results[body.carry :] if dtype.is_floating_point]
+
+    def function(*flat: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(flat)
+        d_carry = [next(rest) for c in carry if _is_float(c)]
+        sums = [next(rest) for f in fixed if _is_float(f)]
+        state, x = [next(rest) for _ in carry], [next(rest) for _ in xs]
+        d_kept = [next(rest) for c in carry if _is_float(c)]
+        d_y = [next(rest) for _ in ys]
+        inputs = [*state, *x, *rest]
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() if _is_float(t) else t for t in inputs]
+            outputs = [o for o in body.graph(*inputs) if _is_float(o)]
+            live = [t for t in inputs if _is_float(t)]
+            pairs = [(o, d) for o, d in zip(outputs, [*d_carry, *d_y], strict=True) if o.requires_grad]
+            found = (
+                torch.autograd.grad(
+                    [o for o, _ in pairs], live, [d for _, d in pairs], allow_unused=True, materialize_grads=True
+                )
+                if pairs
+                else [torch.zeros_like(t) for t in live]
+            )
+        by_input = iter(found)
+        got = [next(by_input) if _is_float(t) else None for t in inputs]
+        first, second = counts[0], sum(counts)
+        new = [g + d for g, d in zip((g for g in got[:first] if g is not None), d_kept, strict=True)]
+        added = [s + g for s, g in zip(sums, (g for g in got[second:] if g is not None), strict=True)]
+        return (*new, *added, *(g for g in got[first:second] if g is not None))
+
+    device = carry[0].device
+    live_carry = [c for c in carry if _is_float(c)]
+    with_y = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in ys]
+    return _register(
+        function,
+        [*live_carry, *(f for f in fixed if _is_float(f))],
+        [*carry, *(x[0] for x in xs), *live_carry, *with_y],
+        fixed,
+    )
+
+
+_scan.register_autograd(_backward, setup_context=_setup)
+
+
+@_scan.register_vmap
+def _(
+    info: Any, in_dims: Any, name: str, carry: list[Tensor], xs: list[Tensor], fixed: list[Tensor], reverse: bool
+) -> Any:
+    """Every carry is mapped; ``xs`` and what is fixed only where they differ."""
+    size, body = info.batch_size, BODIES[name]
+    _, carry_dims, xs_dims, fixed_dims, _ = in_dims
+    carry = [
+        c.movedim(d, 0) if d is not None else c.expand(size, *c.shape) for c, d in zip(carry, carry_dims, strict=True)
+    ]
+    xs = [x if d is None else x.movedim(d, 1).contiguous() for x, d in zip(xs, xs_dims, strict=True)]
+    fixed = [f if d is None else f.movedim(d, 0) for f, d in zip(fixed, fixed_dims, strict=True)]
+    mapped = (*[0] * len(carry), *(None if d is None else 0 for d in (*xs_dims, *fixed_dims)))
+
+    def function(*flat: Tensor) -> Any:
+        return torch.vmap(body.graph, mapped)(*flat)
+
+    new, constants = _register(function, carry, [x[0] for x in xs], fixed)
+    made = torch.ops.bbvi_conv.scan(new, [c.contiguous() for c in carry], xs, [*fixed, *constants], reverse)
+    return made, [*[0] * len(carry), *[1] * (len(made) - len(carry))]
+
+
+__all__ = ["BODIES", "Body", "scan"]
