@@ -20,7 +20,7 @@ from bbvi_conv.checkpoint import pack
 from bbvi_conv.cli import app
 from bbvi_conv.model_file import load_model
 from bbvi_conv.monitor import Strata
-from bbvi_conv.monitor.state import columns, from_rows
+from bbvi_conv.monitor.state import columns, from_rows, to_rows
 
 QUICK: dict[str, Any] = {
     "progress": False,
@@ -285,7 +285,8 @@ def test_the_run_directory_holds_every_seed(signs: tuple[bc.Fit, Path]) -> None:
     for s, one in enumerate(fit.state.seeds):
         own = [row for row in cells if row[0] == str(s)]
         assert from_rows(header, own) == one.monitor
-    assert monitor_csv(fit.state, 0) == (out / "monitor.csv").read_bytes().decode()
+    tables = [to_rows(one.monitor) for one in fit.state.seeds]
+    assert monitor_csv(tables, 0) == (out / "monitor.csv").read_bytes().decode()
     report = (out / "report.html").read_text()
     assert "<h2>Seeds</h2>" in report
     assert f"{fit.best}, returned" in report
