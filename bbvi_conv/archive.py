@@ -9,7 +9,7 @@ import io
 import itertools
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bbvi_conv.checkpoint import pack, unpack
-from bbvi_conv.monitor.state import columns, to_rows
+from bbvi_conv.checkpoint import Rows, pack, unpack
+from bbvi_conv.monitor.state import Look, MonitorState, columns, to_rows
 from bbvi_conv.run import FitState, Run, Settings
 from bbvi_conv.run_directory import RunDirectory
 from bbvi_conv.settings import decode, encode
@@ -46,6 +46,7 @@ class Archive:
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
+        self._written: dict[int, tuple[tuple[Look, ...], Rows]] = {}
 
     @classmethod
     def create(cls, path: str | Path) -> Archive:
@@ -90,8 +91,19 @@ class Archive:
     def checkpoint(self, state: FitState, seed: int) -> None:
         """Save the state as one unit, and the looks so far as ``monitor.csv``; ``seed`` is the first of the run."""
         self.directory.lock()
-        self.directory.save_checkpoint(*pack(state))
-        self.directory.write_text("monitor.csv", monitor_csv(state, seed))
+        tables = [self._rows(index, one.monitor) for index, one in enumerate(state.seeds)]
+        self.directory.save_checkpoint(*pack(state, tables))
+        self.directory.write_text("monitor.csv", monitor_csv(tables, seed))
+
+    def _rows(self, index: int, monitor: MonitorState) -> Rows:
+        """Rows of the looks of one seed; those of looks that were written before are kept."""
+        looks, rows = self._written.get(index, ((), []))
+        known = monitor.looks[: len(looks)]
+        if len(known) < len(looks) or any(one is not other for one, other in zip(looks, known, strict=True)):
+            rows = []
+        rows = rows + to_rows(monitor, since=len(rows))
+        self._written[index] = monitor.looks, rows
+        return rows
 
     def conclude(self, fit: Fit) -> None:
         """Write everything a finished run leaves; the verdict comes first, so that no export can lose it."""
@@ -173,14 +185,14 @@ class Archive:
         return Plan(model, guide, found_args, kwargs or {}, chosen, found)
 
 
-def monitor_csv(state: FitState, seed: int) -> str:
-    """The looks of every seed as CSV, in the order they were made; ``seed`` is the first of them."""
+def monitor_csv(tables: Sequence[Rows], seed: int) -> str:
+    """The rows of every seed as CSV, in the order the looks were made; ``seed`` is the first of them."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["seed", *columns()])
-    tables = [[[seed + s, *row] for row in to_rows(one.monitor)] for s, one in enumerate(state.seeds)]
-    for rows in itertools.zip_longest(*tables):
-        writer.writerows(["" if cell is None else cell for cell in row] for row in rows if row is not None)
+    for looks in itertools.zip_longest(*tables):
+        present = [[seed + s, *row] for s, row in enumerate(looks) if row is not None]
+        writer.writerows(["" if cell is None else cell for cell in row] for row in present)
     return text.getvalue()
 
 

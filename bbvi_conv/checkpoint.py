@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +13,18 @@ from bbvi_conv.monitor.judge import Check
 from bbvi_conv.monitor.state import columns, from_rows, to_rows
 from bbvi_conv.run import FitState, joined
 
+Rows = list[list[float | int | None]]
+"""The looks of one seed as :func:`~bbvi_conv.monitor.state.to_rows` writes them."""
+
 VERSION = 1
 """Layout of the checkpoint; raised when an older one can no longer be read."""
 
 
-def pack(state: FitState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and what JSON holds: floats go through ``repr`` unharmed."""
+def pack(state: FitState, tables: Sequence[Rows] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and what JSON holds: floats go through ``repr`` unharmed.
+
+    ``tables`` are the rows of every seed's looks, where they are known already.
+    """
     tensors: dict[str, Tensor] = {}
     metas = []
     for index, one in enumerate(state.seeds):
@@ -25,7 +32,7 @@ def pack(state: FitState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors |= {f"{head}carry.{part:03d}": tensor for part, tensor in enumerate(one.carry.flat())}
         if one.previous is not None:
             tensors[f"{head}previous"] = one.previous
-        metas.append(_pack_seed(one))
+        metas.append(_pack_seed(one, to_rows(one.monitor) if tables is None else tables[index]))
     return tensors, {"version": VERSION, **metas[0], "others": metas[1:]}
 
 
@@ -34,10 +41,10 @@ def _head(index: int) -> str:
     return f"seed{index:03d}." if index else ""
 
 
-def _pack_seed(state: FitState) -> dict[str, Any]:
+def _pack_seed(state: FitState, rows: Rows) -> dict[str, Any]:
     return {
         "window_start": state.window_start,
-        "monitor": {"label": state.monitor.label, "columns": columns(), "rows": to_rows(state.monitor)},
+        "monitor": {"label": state.monitor.label, "columns": columns(), "rows": rows},
         "checks": [[check.step, *(list(estimate) for estimate in check[1:])] for check in state.checks],
         "losses": [list(chunk) for chunk in state.losses],
         "seconds": dict(state.seconds),

@@ -315,6 +315,8 @@ class Judge:
 def _half_norm(gradients: Tensor, matrix: Tensor | _Product | str, name: str) -> Estimate:
     if isinstance(matrix, str):
         return unavailable(matrix)
+    if not bool(gradients.isfinite().all()):
+        return unavailable("a gradient at the returned parameters is not finite: lower the step size or rescale")
     if isinstance(matrix, Tensor):
         return half_norm(gradients, matrix, name)
     return half_norm_by_products(gradients, matrix, name)

@@ -126,7 +126,7 @@ class Agreement(NamedTuple):
 
 def highest(losses: Tensor, frozen: Sequence[bool]) -> int:
     """Index of the seed with the lowest mean of its losses ``(S, n)``; a frozen one only where all are."""
-    means = losses.to(torch.float64).mean(1).nan_to_num(nan=math.inf)
+    means = losses.to(torch.float64).mean(1).nan_to_num(nan=1e300, posinf=1e300)
     if not all(frozen):
         means = means.masked_fill(torch.tensor(list(frozen), device=means.device), math.inf)
     return int(means.argmin())
