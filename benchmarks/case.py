@@ -47,7 +47,7 @@ class Case:
         objective: bound of a step.
         step_size: of Adam, for all.
         twin: makes the NumPyro side.
-        params: our parameters by name, constrained, as NumPyro's; None: where the two cannot be set equal.
+        params: our parameters by name, constrained, as NumPyro's; None: where guides cannot be set equal.
         scaled: model and guide for Pyro's own loop given N/B; None: both scaled as a whole.
         pyro_bound: whether Pyro has this bound.
         scan: whether NumPyro's steps run inside ``lax.scan``; else one jitted call a step, where that is faster.
