@@ -18,7 +18,9 @@ from benchmarks.machine import machine
 from benchmarks.measure import fresh, measure
 from benchmarks.table import cell, write
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speed beside peers, in one run.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Speed beside peers, in one run."
+)
 app.command("iwae")(iwae_step.main)
 
 Json = Annotated[Path | None, typer.Option("--json", help="write the result here")]
@@ -98,7 +100,9 @@ def growth(
     rows = []
     for name in names:
         rows.append(fresh(["one", name, *_flags(options), "--only", "ours,numpyro_scan"], threads=threads))
-        typer.echo(f"{name}: " + ", ".join(f"{k} {cell(k, rows[-1].get(k))}" for k in ("ours_us", "numpyro_scan_us")))
+        seen = ("ours_us", "numpyro_scan_us", "ratio_numpyro_scan")
+        said = rows[-1].get("unavailable") or ", ".join(f"{key} {cell(key, rows[-1][key])}" for key in seen)
+        typer.echo(f"{name}: {said}")
         _save(out, {**machine(), "rows": rows})
 
 

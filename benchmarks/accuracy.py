@@ -1,4 +1,4 @@
-"""Seconds, compiling included, until the bound is within 0.1 nat of the best bound that any side finds."""
+"""Seconds, compiling included, until the bound is within 0.1 nat of the best that either side finds."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bbvi_conv.engine import Calculus, Stream
-from bbvi_conv.engine.calculus import TracedLogWeights
-from benchmarks.agree import numpyro_start
+import bbvi_conv as bc
+from bbvi_conv.engine import Stream, start_carry
+from bbvi_conv.engine.streams import Feed
+from bbvi_conv.run import Run
+from benchmarks import peers
 from benchmarks.case import Case
 
-DRAWS = 512
-"""Draws behind one bound: common to all marks of a side, so that differences between them are sharp."""
+DRAWS = {False: 4096, True: 128}
+"""Evaluations behind one bound, without and with a minibatch. Noise is common to all marks of a side, rows to both."""
 
 
 class Mark(NamedTuple):
@@ -27,77 +29,77 @@ class Mark(NamedTuple):
     error: float
 
 
-def marks(last: int) -> list[int]:
-    """Steps at which bounds are taken: powers of two times 125, up to ``last``.
+CHUNK = 125
+"""Steps of one call: of one length, so that NumPyro compiles once."""
 
-    >>> marks(1000)
-    [125, 250, 500, 1000]
+
+def marks(last: int) -> list[int]:
+    """Steps at which bounds are taken: a chunk, doubled while it is at most ``last``.
+
+    >>> marks(1200), marks(20)
+    ([125, 250, 500, 1000], [20])
     """
-    found, step = [], 125
-    while step < last:
-        found.append(step)
-        step *= 2
-    return [*found, last]
+    found = [min(CHUNK, last)]
+    while 2 * found[-1] <= last:
+        found.append(2 * found[-1])
+    return found
 
 
 def ours(case: Case, steps: int, engine: str = "auto") -> list[Mark]:
-    """Our run; bounds at the mean iterate of the latter half of the steps so far are not in the clock."""
-    from bbvi_conv.run import Run
-
+    """Our run; taking bounds, of the last iterate, is not in the clock."""
     start, paused = time.perf_counter(), 0.0
     program = case.program()
     run = Run(program, case.settings(engine=engine))
-    carry, done, made = run.start(program.initial()).carry, 0, []
-    judge = Calculus(program, case.objective.plain(), TracedLogWeights(program), 1.0)
-    stream = Stream(program, 0, "evaluate", judge.objective.draws)
+    carry, done, made = start_carry(run.settings.rule(), program.initial()), 0, []
     for mark in marks(steps):
         carry, _ = run.engine.advance(carry, run.stream, done, mark - done)
-        done = mark
-        x = carry.x.clone()
+        done, x = mark, carry.x.clone()
         now = time.perf_counter()
-        made.append(Mark(mark, now - start - paused, *_bound(-judge.losses(x, stream.once(0, DRAWS)))))
+        losses = run.engine.calculus.losses(x, _evaluations(case, program)) * run.normaliser / case.total
+        made.append(Mark(mark, now - start - paused, *_bound(-losses)))
         paused += time.perf_counter() - now
     return made
 
 
+def _evaluations(case: Case, program: bc.Program) -> Feed:
+    """Noise and rows of the bounds."""
+    return Stream(program, 0, "evaluate", case.objective.draws).once(0, DRAWS[case.minibatch is not None])
+
+
 def numpyro(case: Case, steps: int) -> list[Mark]:
-    """NumPyro's run by a jitted scan, compiled once per length of chunk."""
+    """NumPyro's run, bounds on the same rows."""
     import jax
     import numpy as np
     from jax import random
     from numpyro.infer import SVI
     from numpyro.optim import Adam
 
-    twin = case.twin()
-    program = case.program()
+    twin, program = case.twin(), case.program()
     params = None if case.params is None else case.params(program, program.initial())
-    numpyro_start(case, twin, params)  # imports and prototypes, as ours has them before the clock
+    rows = _evaluations(case, program).rows
+    taken = np.zeros((DRAWS[False], 0)) if rows is None else rows.numpy()
     start, paused = time.perf_counter(), 0.0
     svi = SVI(twin.model, twin.guide, Adam(case.step_size), twin.loss)
     state = svi.init(random.PRNGKey(0), *twin.args, init_params=params)
-    size = None if case.minibatch is None else case.minibatch.size
-
-    def rows(key: Any, args: Any) -> dict[str, Any]:
-        return {} if size is None else {"rows": random.randint(key, (size,), 0, len(args[0]))}
+    chunk = peers.numpyro_chunk(case, twin, svi)
 
     @jax.jit
-    def chunk(state: Any, keys: Any, *args: Any) -> Any:
-        return jax.lax.scan(lambda s, key: svi.update(s, *args, **rows(key, args)), state, keys)
+    def evaluate(params: Any, keys: Any, taken: Any, *args: Any) -> Any:
+        def one(each: Any) -> Any:
+            given = {} if rows is None else {"rows": each[1]}
+            return -twin.loss.loss(each[0], params, twin.model, twin.guide, *args, **given)
 
-    @jax.jit
-    def evaluate(params: Any, keys: Any, *args: Any) -> Any:
-        one = lambda key: -twin.loss.loss(key, params, twin.model, twin.guide, *args, **rows(key, args))  # noqa: E731
-        return jax.lax.map(one, keys, batch_size=16)
+        return jax.lax.map(one, (keys, taken))
 
     made, done = [], 0
     for mark in marks(steps):
-        keys = random.split(random.fold_in(random.PRNGKey(1), mark), mark - done)
-        state, losses = chunk(state, keys, *twin.args)
-        jax.block_until_ready(losses)
-        done = mark
+        while done < mark:
+            keys = random.split(random.fold_in(random.PRNGKey(1), done), min(CHUNK, mark))
+            state, losses = jax.block_until_ready(chunk(state, keys, *twin.args))
+            done += len(losses)
         now = time.perf_counter()
-        bounds = evaluate(svi.get_params(state), random.split(random.PRNGKey(2), DRAWS), *twin.args)
-        made.append(Mark(mark, now - start - paused, *_bound(torch.from_numpy(np.array(bounds)))))
+        bounds = evaluate(svi.get_params(state), random.split(random.PRNGKey(2), len(taken)), taken, *twin.args)
+        made.append(Mark(mark, now - start - paused, *_bound(torch.from_numpy(np.array(bounds)) / case.total)))
         paused += time.perf_counter() - now
     return made
 
@@ -118,7 +120,7 @@ def reached(run: Sequence[Mark], best: float, within: float) -> Mark | None:
 
 
 def accuracy(name: str, case: Case, *, steps: int, engine: str = "auto", within: float = 0.1) -> dict[str, Any]:
-    """Both runs mark by mark, and when each is ``within`` nats (of N times the bound per datum) of the best."""
+    """Both runs mark by mark, and when each is ``within`` nats of the best; nats per datum where rows are drawn."""
     sides: dict[str, Callable[[], list[Mark]]] = {
         "ours": lambda: ours(case, steps, engine),
         "numpyro": lambda: numpyro(case, steps),
@@ -126,6 +128,7 @@ def accuracy(name: str, case: Case, *, steps: int, engine: str = "auto", within:
     runs = {side: run() for side, run in sides.items()}
     top = max((mark for run in runs.values() for mark in run), key=lambda mark: mark.bound)
     row: dict[str, Any] = {"case": name, "best": top.bound, "error": top.error, "within_nats": within}
+    row["per"] = "total" if case.minibatch is None else "datum"
     for side, run in runs.items():
         first = reached(run, top.bound, within)
         row[f"{side}_seconds"] = first.seconds if first else None

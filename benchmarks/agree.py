@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import bbvi_conv as bc
@@ -16,10 +17,11 @@ from bbvi_conv.engine import Calculus
 from bbvi_conv.engine.streams import Feed
 from bbvi_conv.program.noise import Noise
 from benchmarks.case import Arrays, Case, Twin
+from benchmarks.families import mean_and_factor
 
 
 class Losses(NamedTuple):
-    """Negative log-weight of one draw, in nats, scaled to N."""
+    """Negative log-weight of one draw, in nats, scaled to N; see :func:`losses`."""
 
     ours: float
     pyro: float
@@ -48,9 +50,9 @@ def check(name: str, case: Case) -> Losses:
 
 
 def losses(case: Case, *, by: float = 0.02, seed: int = 0) -> Losses:
-    """One draw of the single-draw bound on every side.
+    """One draw of the single-draw bound on every side, some way off the start.
 
-    The parameters are some way off the start; at zero where a case cannot set them equal elsewhere.
+    Where the parameters of the guides cannot be set equal, the model's part alone: the negative log joint density.
 
     Args:
         case: the case.
@@ -60,18 +62,21 @@ def losses(case: Case, *, by: float = 0.02, seed: int = 0) -> Losses:
     gen = torch.Generator().manual_seed(seed)
     program = case.program()
     x = program.initial()
-    x = torch.zeros_like(x) if case.params is None else x + by * torch.randn(x.shape, generator=gen)
+    x = x + by * torch.randn(x.shape, generator=gen)
     noise = program.layout.draw(gen, 1, 1, dtype=torch.float32)
     rows = None if case.minibatch is None else torch.randint(case.total, (1, case.minibatch.size), generator=gen)
-    calculus = Calculus(program, bc.ELBO(1), program.log_weights, 1.0)
-    (own,) = calculus.losses(x, Feed(noise, rows))
+    one = noise.at(0).at(0)
     batch = program.batch(None if rows is None else rows[0])
-    drawn = program.site_values(x, noise.at(0).at(0), batch)
-    values = {name: value.detach().numpy() for name, value in drawn.latent.items()}
+    drawn = program.site_values(x, one, batch)
+    latents = {name: value.detach() for name, value in drawn.latent.items()}
     taken = None if rows is None else rows[0].numpy()
-    return Losses(
-        float(own), _in_pyro(case, program, x, noise.at(0).at(0), batch), _in_numpyro(case, program, x, values, taken)
-    )
+    if case.params is None:
+        joint = poutine.trace(poutine.condition(case.in_pyro()[0], latents)).get_trace(*program.positional(batch))
+        in_pyro = -float(joint.log_prob_sum().detach())
+        return Losses(-float(drawn.log_p.detach()), in_pyro, _in_numpyro(case, None, latents, taken))
+    (own,) = Calculus(program, bc.ELBO(1), program.log_weights, 1.0).losses(x, Feed(noise, rows))
+    in_numpyro = _in_numpyro(case, case.params(program, x), latents, taken)
+    return Losses(float(own), _in_pyro(case, program, x, one, batch), in_numpyro)
 
 
 def _in_pyro(case: Case, program: bc.Program, x: Tensor, noise: Noise, batch: Any) -> float:
@@ -88,23 +93,19 @@ def _in_pyro(case: Case, program: bc.Program, x: Tensor, noise: Noise, batch: An
 
 
 def _set(guide: Any, program: bc.Program, x: Tensor) -> None:
-    """Give Pyro's guide our parameters; a guide of another make is set to zero."""
-    values = program.constrained(x)
+    """Give Pyro's Gaussian guide our parameters."""
     if isinstance(guide, AutoNormal):
-        for name, value in values.items():
+        for name, value in program.constrained(x).items():
             _, kind, site = name.split(".", 2)
             setattr(getattr(guide, kind), site, value)
-    elif isinstance(guide, AutoMultivariateNormal):
-        q = program.bind(lambda: program.guide.get_posterior(), x)()
-        guide.loc = torch.nn.Parameter(q.loc.detach())
-        guide.scale, guide.scale_tril = q.scale.detach(), q.tril.detach()
-    else:
-        with torch.no_grad():
-            for parameter in guide.parameters():
-                parameter.zero_()
+        return
+    loc, tril = mean_and_factor(program, x)
+    guide.loc = torch.nn.Parameter(loc)
+    guide.scale, guide.scale_tril = tril.diag(), tril / tril.diag()[:, None]
 
 
-def _in_numpyro(case: Case, program: bc.Program, x: Tensor, values: Arrays, rows: np.ndarray | None) -> float:
+def _in_numpyro(case: Case, params: Arrays | None, drawn: dict[str, Tensor], rows: np.ndarray | None) -> float:
+    """Minus log p, plus log q where there are parameters for it, under NumPyro's densities."""
     import jax
     from jax.flatten_util import ravel_pytree
     from numpyro.handlers import seed
@@ -113,21 +114,21 @@ def _in_numpyro(case: Case, program: bc.Program, x: Tensor, values: Arrays, rows
 
     twin = case.twin()
     given = {} if rows is None else {"rows": rows}
-    params = numpyro_start(case, twin, None if case.params is None else case.params(program, x))
-    latents: dict[str, Any] = dict(values)
-    if isinstance(twin.guide, AutoContinuous):
-        free = unconstrain_fn(seed(twin.model, 0), twin.args, given, values)
+    start = {} if params is None else numpyro_start(case, twin, params)
+    latents: dict[str, Any] = {name: value.numpy() for name, value in drawn.items()}
+    if params is not None and isinstance(twin.guide, AutoContinuous):
+        free = unconstrain_fn(seed(twin.model, 0), twin.args, given, latents)
         latents["_auto_latent"] = ravel_pytree(free)[0]
-    if case.params is None:
-        params = jax.tree.map(lambda p: 0 * p, params)
 
     @jax.jit
     def loss(everything: dict[str, Any], *args: Any) -> Any:
-        log_q, _ = log_density(seed(twin.guide, 0), args, given, everything)
         log_p, _ = log_density(seed(twin.model, 0), args, given, everything)
+        if params is None:
+            return -log_p
+        log_q, _ = log_density(seed(twin.guide, 0), args, given, everything)
         return log_q - log_p
 
-    return float(loss({**params, **latents}, *twin.args))
+    return float(loss({**start, **latents}, *twin.args))
 
 
 def numpyro_start(case: Case, twin: Twin, params: Arrays | None) -> dict[str, Any]:

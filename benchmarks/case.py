@@ -47,9 +47,10 @@ class Case:
         objective: bound of a step.
         step_size: of Adam, for all.
         twin: makes the NumPyro side.
-        params: our parameters by name, constrained, as NumPyro's; None: where the two cannot be set equal.
+        params: our parameters by name, constrained, as NumPyro's; None: where guides cannot be set equal.
         scaled: model and guide for Pyro's own loop given N/B; None: both scaled as a whole.
         pyro_bound: whether Pyro has this bound.
+        scan: whether NumPyro's steps run inside ``lax.scan``; else one jitted call a step, where that is faster.
         seeds: S, independent runs at once.
         others: makes further contenders, by name: steps -> seconds a step.
         steps: steps of a turn of ours and NumPyro; Pyro makes ``pyro_steps``.
@@ -69,6 +70,7 @@ class Case:
     scaled: Callable[[float], tuple[Any, Any]] | None = None
     pyro_bound: bool = True
     others: dict[str, Callable[[], Callable[[int], float]]] = field(default_factory=dict)
+    scan: bool = True
     seeds: int = 1
     steps: int = 2048
     pyro_steps: int = 20

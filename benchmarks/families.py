@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import bbvi_conv as bc
+from bbvi_conv.program.noise import Noise
+from bbvi_conv.program.tape import Tape, taped
 from benchmarks.case import Arrays
 
 MEAN_FIELD: dict[str, Any] = {"family": bc.MeanField()}
@@ -24,8 +27,23 @@ def _mean_field_params(program: bc.Program, x: Tensor) -> Arrays:
 
 def _full_rank_params(program: bc.Program, x: Tensor) -> Arrays:
     """Mean and factor of the packed vector; the sites come in the order of the model in both libraries' vectors."""
-    q = program.bind(lambda: program.guide.get_posterior(), x)()
-    return {"auto_loc": q.loc.detach().numpy(), "auto_scale_tril": (q.scale[:, None] * q.tril).detach().numpy()}
+    loc, tril = mean_and_factor(program, x)
+    return {"auto_loc": loc.numpy(), "auto_scale_tril": tril.numpy()}
+
+
+def mean_and_factor(program: bc.Program, x: Tensor) -> tuple[Tensor, Tensor]:
+    """m ``(D,)`` and L ``(D, D)`` of a guide that draws m + L e: its draws at e = 0 and at the unit vectors."""
+    unit = torch.eye(program.layout.normal)
+
+    def draws() -> list[Tensor]:
+        found = []
+        for noise in (0 * unit[0], *unit):
+            with taped(Tape(Noise(noise, noise[:0]), {})):
+                found.append(program.guide.get_posterior().rsample().detach())
+        return found
+
+    loc, *moved = program.bind(draws, x)()
+    return loc, (torch.stack(moved, dim=1) - loc[:, None]).tril()
 
 
 def _auto(name: str) -> Any:

@@ -14,7 +14,7 @@ from bbvi_conv.engine import Carry, start_carry
 from bbvi_conv.program.noise import BLOCK
 from bbvi_conv.run import Run
 from benchmarks.agree import numpyro_start
-from benchmarks.case import Case
+from benchmarks.case import Case, Twin
 
 Turn = Callable[[int], float]
 """Run that many steps; seconds of one."""
@@ -106,31 +106,50 @@ def pyro_svi(case: Case, *, jit: bool = False) -> Turn:
     return turn
 
 
+def numpyro_chunk(case: Case, twin: Twin, svi: Any) -> Callable[..., Any]:
+    """``(state, keys, *args) -> (state, losses)``: one ``svi.update`` a key, rows drawn and gathered inside.
+
+    A jitted ``lax.scan``, over seeds by ``vmap``; or a jitted call a step, where a case says that this is faster.
+    """
+    import jax
+
+    size = None if case.minibatch is None else case.minibatch.size
+
+    def one(state: Any, key: Any, *args: Any) -> Any:
+        rows = {} if size is None else {"rows": jax.random.randint(key, (size,), 0, len(args[0]))}
+        return svi.update(state, *args, **rows)
+
+    def chunk(state: Any, keys: Any, *args: Any) -> Any:
+        return jax.lax.scan(lambda state, key: one(state, key, *args), state, keys)
+
+    if case.scan:
+        return jax.jit(jax.vmap(chunk, (0, 0, *(None for _ in twin.args))) if case.seeds > 1 else chunk)
+    jitted = jax.jit(one)
+
+    def loop(state: Any, keys: Any, *args: Any) -> Any:
+        losses = []
+        for key in keys:
+            state, loss = jitted(state, key, *args)
+            losses.append(loss)
+        return state, jax.numpy.stack(losses)
+
+    return loop
+
+
 def numpyro_scan(case: Case) -> Turn:
-    """A jitted ``lax.scan`` of ``svi.update``, rows drawn and gathered inside; compiled before the clock runs."""
+    """Steps of :func:`numpyro_chunk`, compiled before the clock runs."""
     import jax
     from jax import random
     from numpyro.infer import SVI
     from numpyro.optim import Adam
 
-    twin = case.twin()
-    program = case.program()
+    twin, program, many = case.twin(), case.program(), case.seeds > 1
     params = None if case.params is None else case.params(program, program.initial())
     start = numpyro_start(case, twin, params)
     svi = SVI(twin.model, twin.guide, Adam(case.step_size), twin.loss)
-    many = case.seeds > 1
     begin = lambda key: svi.init(key, *twin.args, init_params=start)  # noqa: E731
     state = jax.vmap(begin)(random.split(random.PRNGKey(0), case.seeds)) if many else begin(random.PRNGKey(0))
-    size = None if case.minibatch is None else case.minibatch.size
-
-    def chunk(state: Any, keys: Any, *args: Any) -> Any:
-        def body(state: Any, key: Any) -> Any:
-            rows = {} if size is None else {"rows": random.randint(key, (size,), 0, len(args[0]))}
-            return svi.update(state, *args, **rows)
-
-        return jax.lax.scan(body, state, keys)
-
-    compiled = jax.jit(jax.vmap(chunk, (0, 0, *(None for _ in twin.args))) if many else chunk)
+    compiled = numpyro_chunk(case, twin, svi)
     known: set[int] = set()
     key = random.PRNGKey(1)
 
