@@ -20,12 +20,14 @@ def known_classes() -> dict[str, type]:
     from bbvi_conv import objectives, optim
     from bbvi_conv.families import FAMILIES, SCALE_MAPS
     from bbvi_conv.monitor.strata import Strata
+    from bbvi_conv.networks.encoders import ENCODERS
     from bbvi_conv.objectives import OBJECTIVES
     from bbvi_conv.program.minibatch import Minibatch
 
     classes: list[Callable[..., Any]] = [
         *FAMILIES.values(),
         *SCALE_MAPS.values(),
+        *ENCODERS.values(),
         *OBJECTIVES.values(),
         objectives.GrowingParticles,
         objectives.LinearWarmup,

@@ -12,6 +12,7 @@ import torch
 
 from bbvi_conv.families import FAMILIES, SCALE_MAPS, FullRank, MeanField, SoftClip
 from bbvi_conv.monitor.strata import Strata
+from bbvi_conv.networks.encoders import ENCODERS
 from bbvi_conv.objectives import CIWAE, ELBO, IWAE, MIWAE, VRIWAE, GrowingParticles, LinearWarmup, Pair
 from bbvi_conv.optim import (
     SGD,
@@ -85,7 +86,7 @@ def test_every_known_class_is_written_under_its_name() -> None:
     bounds = (IWAE(3), VRIWAE(3, 0.2), MIWAE(2, 3), CIWAE(3), Pair(IWAE(4), ELBO(2)), LinearWarmup(5))
     examples |= {type(value).__name__: value for value in (*bounds, GrowingParticles(IWAE(2), stop=8))}
     examples |= {"ExponentialDecay": ExponentialDecay(1.0, 0.5, 2), "CosineDecay": CosineDecay(1.0, 2)}
-    examples |= {make.__name__: make() for make in (*FAMILIES.values(), *SCALE_MAPS.values())}
+    examples |= {make.__name__: make() for make in (*FAMILIES.values(), *SCALE_MAPS.values(), *ENCODERS.values())}
     for name in known_classes():
         assert encode(examples[name])["class"] == name
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bbvi_conv.families.amortized import Amortized
 from bbvi_conv.families.flows import IAF, NeuralSpline, Planar, Radial, RealNVP, Sylvester
 from bbvi_conv.families.full_rank import FullRank
 from bbvi_conv.families.low_rank import LowRank
 from bbvi_conv.families.mean_field import MeanField
 from bbvi_conv.families.mixture import Mixture
 from bbvi_conv.families.scale_maps import SCALE_MAPS, Exp, Linear, SoftClip, Softplus
+from bbvi_conv.families.structured import Structured
 from bbvi_conv.families.student_t import StudentT
 
 FAMILIES: dict[str, Callable[..., Any]] = {
@@ -25,6 +27,8 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "iaf": IAF,
     "neural-spline": NeuralSpline,
     "mixture": Mixture,
+    "structured": Structured,
+    "amortized": Amortized,
 }
 """Name on the command line -> constructor."""
 
@@ -32,6 +36,7 @@ __all__ = [
     "FAMILIES",
     "IAF",
     "SCALE_MAPS",
+    "Amortized",
     "Exp",
     "FullRank",
     "Linear",
@@ -44,6 +49,7 @@ __all__ = [
     "RealNVP",
     "SoftClip",
     "Softplus",
+    "Structured",
     "StudentT",
     "Sylvester",
 ]

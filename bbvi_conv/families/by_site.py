@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from operator import attrgetter
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from torch.distributions import biject_to
 
 from bbvi_conv.families.family import Parameter
 from bbvi_conv.families.scale_maps import ScaleMap
-from bbvi_conv.families.start import start
+from bbvi_conv.families.start import moments, start
 
 
 class Factorised(Protocol):
@@ -45,8 +45,12 @@ class Factorised(Protocol):
 
 def sample_site(name: str, site: Any, law: Any) -> Tensor:
     """Sample a site by a law of its unconstrained value, an auxiliary site beside it; inside the site's plates."""
+    return put_site(name, site, pyro.sample(f"{name}_unconstrained", law, infer={"is_auxiliary": True}))
+
+
+def put_site(name: str, site: Any, free: Tensor) -> Tensor:
+    """Give a site the value that an unconstrained one stands for, with its volume; inside the site's plates."""
     transform, event_dim = biject_to(site["fn"].support), site["fn"].event_dim
-    free = pyro.sample(f"{name}_unconstrained", law, infer={"is_auxiliary": True})
     value = transform(free)
     volume = transform.inv.log_abs_det_jacobian(value, free)
     volume = sum_rightmost(volume, volume.dim() - value.dim() + event_dim)
@@ -72,6 +76,16 @@ class SiteGuide(AutoNormal):  # type: ignore[misc]
             self._more = tuple(parameters)
             for key, parameter in parameters.items():
                 deep_setattr(self.more, f"{key}.{name}", PyroParam(parameter.start, parameter.constraint, event_dim))
+
+    def placed(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Starts by leaf name, constrained, with the location and scale of draws of sites."""
+        starts: dict[str, Tensor] = {}
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            found = moments(site, draws, attrgetter(name)(self.locs).shape)
+            if found is not None:
+                for kind, value in zip(("locs", "scales"), found, strict=True):
+                    starts[f"{self._pyro_name}.{kind}.{name}"] = value
+        return starts
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site inside its plates."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from pyro.nn import PyroParam
+from torch import Tensor
 
 from bbvi_conv.families.family import VectorFamily
-from bbvi_conv.families.start import start
+from bbvi_conv.families.start import moments, start
 
 
 class PackedGuide(AutoContinuous):  # type: ignore[misc]
@@ -29,6 +30,18 @@ class PackedGuide(AutoContinuous):  # type: ignore[misc]
         for name, parameter in parameters.items():
             setattr(self, name, PyroParam(parameter.start, parameter.constraint))
         self.layers = self.family.layers(self.latent_dim).to(loc)
+
+    def placed(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Starts by leaf name, constrained, for which the law has about the location and scale of draws of sites."""
+        loc = self._init_loc()
+        scale, at = torch.full_like(loc, self.family.init_scale), 0
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            shape = self._unconstrained_shapes[name]
+            part = slice(at, at + shape.numel())
+            found, at = moments(site, draws, shape), part.stop
+            if found is not None:
+                loc[part], scale[part] = (value.reshape(-1).to(loc) for value in found)
+        return {f"{self._pyro_name}.{name}": p.start for name, p in self.family.parameters(loc, scale).items()}
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """The law over the packed unconstrained vector."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,3 +27,12 @@ def start(site: Any = None) -> Any:
         value = transform(torch.zeros(shape))
         value._pyro_custom_init = False  # type: ignore[attr-defined]
     return value
+
+
+def moments(site: Any, draws: Mapping[str, Tensor], shape: torch.Size) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation of a site's draws ``(S, ...)`` on the unconstrained space; None where shapes do not fit."""
+    values = draws.get(site["name"])
+    if values is None:
+        return None
+    free = biject_to(site["fn"].support).inv(values)
+    return (free.mean(0), free.std(0)) if free.shape[1:] == shape else None

@@ -68,7 +68,8 @@ def every(**chosen: Any) -> Any:
 
 
 def test_every_family_is_in_the_table() -> None:
-    assert {type(family) for family in TABLE.values()} == set(FAMILIES.values())
+    vectors = {make for make in FAMILIES.values() if isinstance(make, type) and issubclass(make, VectorFamily)}
+    assert {type(family) for family in TABLE.values()} == vectors
 
 
 # ---- the law itself, at random parameters ----
