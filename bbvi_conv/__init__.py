@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bbvi_conv.fitting import Fit, ModelSource, fit, load
     from bbvi_conv.monitor.signal import SignalToNoise, signal_to_noise
     from bbvi_conv.monitor.svi import GradientMonitor
-    from bbvi_conv.networks import BoundedLinear, bounded_mlp, soft_clip
+    from bbvi_conv.networks import BoundedLinear, SoftClipping, bounded_mlp, soft_clip
     from bbvi_conv.networks.encoders import MLP, Conv
     from bbvi_conv.objectives import (
         CIWAE,
@@ -129,6 +129,7 @@ _WHERE = {
     "SignalToNoise": "monitor.signal",
     "soft_clip": "networks",
     "SoftClip": "families",
+    "SoftClipping": "networks",
     "Softplus": "families",
     "Structured": "families",
     "StudentT": "families",
@@ -187,6 +188,7 @@ __all__ = [
     "Settings",
     "SignalToNoise",
     "SoftClip",
+    "SoftClipping",
     "Softplus",
     "Structured",
     "StudentT",

@@ -406,7 +406,7 @@ def test_held_out_rows_judge_the_bound() -> None:
         ({"tol": 0.0}, ValueError, "tol must be positive"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"num_gradients": 2}, ValueError, "num_gradients must be at least 4"),
-        ({"average": "mean"}, ValueError, "unknown average 'mean'; choose one of tail, last"),
+        ({"average": "mean"}, ValueError, "unknown average 'mean'; choose one of tail, all, last"),
         ({"normalise": "rows"}, ValueError, "unknown normalise"),
         ({"engine": "warp"}, ValueError, "unknown engine 'warp'"),
         ({"device": "abacus"}, ValueError, "unknown device 'abacus'"),

@@ -509,3 +509,8 @@ def test_a_fit_names_itself() -> None:
     assert attrs["seed"] == 7
     assert set(fit.sample(5)) == {"z"}
     assert fit.to_arviz(10).posterior.sizes["draw"] == 10
+
+
+def test_ties_among_the_largest_weights_leave_no_tail() -> None:
+    """The fit is then judged by what else is known; no warning, and no error of the library below."""
+    assert math.isnan(pareto_shape(np.repeat([0.0, 1.0], 1000)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import biject_to, transform_to
 from torch.distributions.transforms import Transform, identity_transform
 
-from bbvi_conv.networks.soft_clipping import SoftClip as Clip
+from bbvi_conv.networks.soft_clipping import SoftClipping as Clip
 from bbvi_conv.networks.soft_clipping import soft_clip
 
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from bbvi_conv.networks.bounded import BoundedLinear, bounded_mlp
 from bbvi_conv.networks.constants import Constants, constants
-from bbvi_conv.networks.soft_clipping import SoftClip, soft_clip
+from bbvi_conv.networks.soft_clipping import SoftClipping, soft_clip
 
-__all__ = ["BoundedLinear", "Constants", "SoftClip", "bounded_mlp", "constants", "soft_clip"]
+__all__ = ["BoundedLinear", "Constants", "SoftClipping", "bounded_mlp", "constants", "soft_clip"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from bbvi_conv.networks.soft_clipping import SoftClip
+from bbvi_conv.networks.soft_clipping import SoftClipping
 
 
 class BoundedLinear(nn.Linear):
@@ -66,7 +66,7 @@ def bounded_mlp(
 
     Args:
         sizes: of the layers, inputs first.
-        low, high, sharpness: of the :class:`~bbvi_conv.networks.soft_clipping.SoftClip` at the end.
+        low, high, sharpness: of the :class:`~bbvi_conv.networks.soft_clipping.SoftClipping` at the end.
         norm: of every linear layer.
         activation: makes the layer between two linear ones.
 
@@ -80,4 +80,4 @@ def bounded_mlp(
     layers: list[nn.Module] = []
     for first, second in itertools.pairwise(sizes):
         layers += [BoundedLinear(first, second, norm), activation()]
-    return nn.Sequential(*layers[:-1], SoftClip(low, high, sharpness))
+    return nn.Sequential(*layers[:-1], SoftClipping(low, high, sharpness))

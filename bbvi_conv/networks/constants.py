@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bbvi_conv.networks.bounded import BoundedLinear
-from bbvi_conv.networks.soft_clipping import SoftClip
+from bbvi_conv.networks.soft_clipping import SoftClipping
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ ACTIVATIONS: dict[type[nn.Module], Callable[..., Constants]] = {
     nn.LeakyReLU: lambda layer: Constants(
         max(1.0, abs(layer.negative_slope)), math.inf, why="LeakyReLU has a kink, so its derivative jumps"
     ),
-    SoftClip: lambda layer: Constants(layer.slope, layer.curvature, layer.low, layer.high),
+    SoftClipping: lambda layer: Constants(layer.slope, layer.curvature, layer.low, layer.high),
 }
 """Activation -> its constants, by the extremes of its first two derivatives; GELU also in its tanh form."""
 
@@ -105,7 +105,7 @@ def constants(network: nn.Module) -> Constants:
     makes every constant NaN ("unknown"), and ``why`` names it.
 
     Example:
-        >>> constants(nn.Sequential(BoundedLinear(4, 3, norm=2.0), nn.Tanh(), SoftClip(-1.0, 1.0))).bounded
+        >>> constants(nn.Sequential(BoundedLinear(4, 3, norm=2.0), nn.Tanh(), SoftClipping(-1.0, 1.0))).bounded
         True
     """
     if type(network).forward is nn.Sequential.forward:
@@ -115,7 +115,9 @@ def constants(network: nn.Module) -> Constants:
         return whole
     if type(network) in ACTIVATIONS:
         return ACTIVATIONS[type(network)](network)
-    if isinstance(network, _SHAPES) or (isinstance(network, nn.Dropout) and not network.training):
+    if isinstance(network, _SHAPES) or getattr(network, "only_reshapes", False):
+        return IDENTITY
+    if isinstance(network, nn.Dropout) and not network.training:
         return IDENTITY
     if isinstance(network, nn.Linear | nn.modules.conv._ConvNd):
         try:

@@ -83,6 +83,8 @@ class Conv:
 class _Flat(nn.Module):
     """``(B, *shape)`` to ``(B, numel)``, a scalar datum included."""
 
+    only_reshapes = True
+
     def __init__(self, dims: int) -> None:
         super().__init__()
         self.dims = dims
@@ -93,6 +95,8 @@ class _Flat(nn.Module):
 
 class _Channels(nn.Module):
     """``(B, H, W)`` to ``(B, 1, H, W)``."""
+
+    only_reshapes = True
 
     def __init__(self, dims: int) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ def _check(low: float, high: float, sharpness: float) -> None:
         raise ValueError(f"sharpness must be positive and finite, got {sharpness}")
 
 
-class SoftClip(nn.Module):
+class SoftClipping(nn.Module):
     """:func:`soft_clip` as a layer without parameters, with the constants that convergence theorems ask for.
 
     Args:
@@ -59,7 +59,7 @@ class SoftClip(nn.Module):
         ValueError: as :func:`soft_clip`.
 
     Example:
-        >>> SoftClip(-1.0, 1.0, sharpness=2.0).curvature
+        >>> SoftClipping(-1.0, 1.0, sharpness=2.0).curvature
         0.5
     """
 

@@ -83,7 +83,15 @@ def tail_shape(program: Program, x: Tensor, *, num_samples: int = 2000, seed: in
 
 
 def pareto_shape(log_w: NDArray[np.float64]) -> float:
-    """The Pareto shape k-hat of log weights ``(S,)``, by the ArviZ that is installed."""
+    """The Pareto shape k-hat of log weights ``(S,)``, by the ArviZ that is installed; NaN where ties leave no tail."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        try:
+            return _shape(log_w)
+        except ValueError:  # all weights of the tail are the same number
+            return math.nan
+
+
+def _shape(log_w: NDArray[np.float64]) -> float:
     if installed("arviz_stats"):
         from arviz_stats import base
 

@@ -106,7 +106,7 @@ class Probes(NamedTuple):
         points: how many.
         largest: largest second derivative along any direction tried; positive where log p is not concave.
         smallest: smallest.
-        witness: where and along what it is positive, in words; empty if nowhere.
+        witness: the first point where it is positive, in words; empty if there is none.
     """
 
     points: int
@@ -124,7 +124,7 @@ def probe(target: Target, points: Sequence[Tensor]) -> Probes:
         if not bool(values.isfinite().all()):
             continue
         top = int(values.argmax())
-        if float(values[top]) > max(largest, 1e-7 * float(values.abs().max())):
+        if not witness and float(values[top]) > 1e-7 * float(values.abs().max()):
             direction = directions[top]
             main = int(direction.abs().argmax())
             witness = (

@@ -81,5 +81,5 @@ def conditions(program: Program, theorem: str) -> Iterator[Condition]:
                 "bounded outputs",
                 "fails",
                 network.name,
-                "the last layer has no bounded range; end with bc.SoftClip(low, high), or use bc.bounded_mlp",
+                "the last layer has no bounded range; end with bc.SoftClipping(low, high), or use bc.bounded_mlp",
             )

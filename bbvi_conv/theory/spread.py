@@ -60,7 +60,7 @@ def _of_leaf(leaf: Leaf, least: float, optimiser: Optimiser, theorem: str) -> Co
         return Condition(theorem, NAME, "holds", leaf.name, f"soft-clipped to at least {constraint.low:g}; {now}")
     bound = radius(optimiser)
     if bound is None:
-        why = f"the map reaches every positive number; use the scale map SoftClip(low, high), or bc.TheoremAdam; {now}"
+        why = f"the map reaches every positive number; use scale_map=bc.SoftClip(low, high), or bc.TheoremAdam; {now}"
         return Condition(theorem, NAME, "fails", leaf.name, why)
     softplus = isinstance(constraint, type(constraints.softplus_positive))
     floor = math.log1p(math.exp(-bound)) if softplus else math.exp(-bound)
@@ -80,7 +80,7 @@ def _of_networks(program: Program, modules: list[nn.Module], x: Tensor, theorem:
         return Condition(theorem, NAME, "holds", "guide", why)
     if any(math.isnan(c.low) or math.isnan(c.high) for c in said):
         return Condition(theorem, NAME, "unknown", "guide", f"a network has no known range; {now}")
-    why = f"the scale follows a network whose outputs are not bounded; end it with bc.SoftClip(low, high); {now}"
+    why = f"the scale follows a network whose outputs are not bounded; end it with bc.SoftClipping(low, high); {now}"
     return Condition(theorem, NAME, "fails", "guide", why)
 
 

@@ -22,8 +22,10 @@ class Target:
 
     def __init__(self, program: Program, x: Tensor) -> None:
         self._program, self._model = program, program.bind(program.model, x)
-        trace = self._run({})
-        self._latent = {s["name"]: s for s in random_sites(trace) if not s["is_observed"]}
+        with torch.no_grad():  # a draw of the guide: an improper prior has none
+            trace = self._run(program.site_values(x, *program.example()).latent)
+        names = {site.name for site in program.structure.latents}
+        self._latent = {s["name"]: s for s in random_sites(trace) if s["name"] in names}
         self._maps = {name: biject_to(site["fn"].support) for name, site in self._latent.items()}
         free = {name: self._maps[name].inv(site["value"]) for name, site in self._latent.items()}
         self._shapes = {name: value.shape for name, value in free.items()}

@@ -109,7 +109,7 @@ class Regression:
 
         for _ in range(100):
             gradient = torch.func.grad(objective)(x)
-            step = torch.linalg.solve(torch.func.hessian(objective)(x), gradient)
+            step = torch.linalg.solve(_hessian(objective)(x), gradient)
             x = x - step * min(1.0, 1.0 / float(step.norm()))
             if float(step.norm()) < 1e-13:
                 break
@@ -126,8 +126,14 @@ class Regression:
                 x[:2], torch.zeros(2, 2, dtype=x.dtype).index_put(tuple(map(torch.tensor, entries)), x[2:])
             )
 
-        curvature = torch.func.hessian(objective)(torch.cat([best.loc, best.factor[entries]]))
+        curvature = _hessian(objective)(torch.cat([best.loc, best.factor[entries]]))
         return float(torch.linalg.eigvalsh(curvature)[0])
+
+
+def _hessian(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """By reverse mode twice: torch's forward mode compiles scripts, and warns that they are deprecated."""
+    second: Callable[[Tensor], Tensor] = torch.func.jacrev(torch.func.jacrev(function))
+    return second
 
 
 def _unpack(x: Tensor) -> tuple[Tensor, Tensor]:

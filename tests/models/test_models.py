@@ -63,6 +63,7 @@ def test_nothing_ships_untested() -> None:
         "challenger",
         "conjugate_gaussian",
         "eight_schools",
+        "forbes",
         "funnel",
         "tighter_bounds",
         "two_modes",
@@ -376,3 +377,32 @@ def test_a_target_is_the_density_of_its_draws(name: str, log_p: Any) -> None:
     seen = z[:, : len(mean)].numpy()
     assert (np.abs(seen.mean(0) - mean) < 4 * deviation / 20_000**0.5).all()
     assert (np.abs(seen.std(0) / deviation - 1) < 0.05).all()
+
+
+# Forbes
+
+
+def test_forbes_evidence_and_posterior_against_scipy() -> None:
+    forbes = load("forbes")
+    temperature, pressure = (x.numpy() for x in forbes.data())
+    design = np.stack([np.ones(17), temperature], -1)
+    prior = np.diag(np.square(forbes.PRIOR))
+    wanted = stats.multivariate_normal(np.zeros(17), design @ prior @ design.T + forbes.NOISE**2 * np.eye(17))
+    evidence = float(forbes.log_evidence(*forbes.data()))
+    assert evidence == pytest.approx(wanted.logpdf(pressure), rel=1e-10)
+    mean, covariance = (x.numpy() for x in forbes.posterior(*forbes.data()))
+    for point in (mean, mean + np.array([0.3, -0.2])):  # log p(y) = log p(y, z) - log p(z | y) at any z
+        joint = log_joint(forbes.model, forbes.data(), {"alpha": point[0], "beta": point[1]})
+        posterior = stats.multivariate_normal(mean, covariance).logpdf(point)
+        assert joint - posterior == pytest.approx(evidence, rel=1e-10)
+
+
+def test_forbes_least_squares_is_that_of_weisberg() -> None:
+    """Weisberg (2005), section 2.1: 100 log10(pressure) = -42.138 + 0.895 temperature, residual scale 0.379."""
+    forbes = load("forbes")
+    temperature, pressure = np.array(forbes.FAHRENHEIT), np.round(100 * np.log10(forbes.INCHES), 2)  # as printed
+    slope, intercept = np.polyfit(temperature, pressure, 1)
+    residual = pressure - intercept - slope * temperature
+    assert slope == pytest.approx(0.895, abs=0.0006)
+    assert intercept == pytest.approx(-42.138, abs=0.02)
+    assert math.sqrt((residual**2).sum() / 15) == pytest.approx(0.379, abs=0.0006)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from bbvi_conv.networks import BoundedLinear, SoftClip, bounded_mlp, constants
+from bbvi_conv.networks import BoundedLinear, SoftClipping, bounded_mlp, constants
 from bbvi_conv.networks.constants import ACTIVATIONS, kinks, operator_norm
+from bbvi_conv.networks.encoders import MLP, Conv
 from bbvi_conv.program.trace import to_graph
 
 SMOOTH = [nn.Tanh(), nn.Sigmoid(), nn.LogSigmoid(), nn.Softplus(2.0), nn.SiLU(), nn.GELU(), nn.GELU("tanh")]
-SMOOTH += [nn.Softsign(), nn.ELU(), SoftClip(-30.0, 30.0, 3.0)]
+SMOOTH += [nn.Softsign(), nn.ELU(), SoftClipping(-30.0, 30.0, 3.0)]
 
 
 @pytest.mark.parametrize("layer", SMOOTH, ids=str)
@@ -111,8 +112,18 @@ def test_constants_compose() -> None:
     assert said.lipschitz == pytest.approx(norms[0] * norms[1])
     assert said.smoothness == pytest.approx(norms[1] * norms[0] ** 2 * 4 / (3 * math.sqrt(3)))
     assert not said.bounded
-    clipped = constants(nn.Sequential(first, SoftClip(0.0, 1.0), nn.Flatten()))
+    clipped = constants(nn.Sequential(first, SoftClipping(0.0, 1.0), nn.Flatten()))
     assert (clipped.low, clipped.high) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("encoder", [MLP((5, 3)), Conv((2, 3), 4)], ids=str)
+def test_encoders_of_the_library_are_known(encoder: MLP | Conv) -> None:
+    network, _ = encoder.network((8, 8))
+    x = torch.randn(20, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    said = constants(network.double())
+    jacobian = vmap(jacrev(lambda one: network(one[None])[0]))(x).flatten(2).detach()
+    assert 0 < float(torch.linalg.matrix_norm(jacobian, 2).max()) <= said.lipschitz < math.inf
+    assert said.smoothness < math.inf
 
 
 def test_what_spoils_a_bound_is_named() -> None:
@@ -121,7 +132,7 @@ def test_what_spoils_a_bound_is_named() -> None:
     assert said.smoothness == math.inf
     assert "ReLU" in said.why
     assert kinks(network) == ["1 (ReLU)", "3 (ELU)"]
-    unknown = constants(nn.Sequential(nn.Linear(2, 2), nn.PReLU(), SoftClip(0.0, 1.0)))
+    unknown = constants(nn.Sequential(nn.Linear(2, 2), nn.PReLU(), SoftClipping(0.0, 1.0)))
     assert math.isnan(unknown.lipschitz)
     assert unknown.bounded
     assert "PReLU" in unknown.why

@@ -10,7 +10,7 @@ from mpmath import mp, mpf
 from torch import Tensor
 from torch.func import grad, vmap
 
-from bbvi_conv.networks import SoftClip, soft_clip
+from bbvi_conv.networks import SoftClipping, soft_clip
 from bbvi_conv.program.trace import to_graph
 
 CASES = [(-1.0, 1.0, 1.0), (-5.0, 5.0, 1.0), (0.1, 2.0, 4.0), (-10.0, 10.0, 0.5), (-3.0, 7.0, 20.0), (0.0, 1e-3, 1.0)]
@@ -61,7 +61,7 @@ def test_values_and_gradients_are_exact(case: tuple[float, float, float]) -> Non
 
 @pytest.mark.parametrize("case", CASES)
 def test_slope_and_curvature_stay_under_their_bounds(case: tuple[float, float, float]) -> None:
-    layer, x = SoftClip(*case), grid(*case).double()
+    layer, x = SoftClipping(*case), grid(*case).double()
     slope = slopes(x, *case)
     curvature = vmap(grad(grad(lambda point: layer(point))))(x)
     assert float(slope.min()) >= 0
@@ -79,7 +79,7 @@ def test_derivatives_are_finite_however_far_out(case: tuple[float, float, float]
 
 
 def test_curvature_bound_is_met_by_a_wide_interval() -> None:
-    layer = SoftClip(-30.0, 30.0, 2.0)
+    layer = SoftClipping(-30.0, 30.0, 2.0)
     x = torch.linspace(-32, -28, 4_001, dtype=torch.float64)
     curvature = vmap(grad(grad(lambda point: layer(point))))(x)
     # |sigma''| is largest at the ends: s sigma'(0) = s / 4
@@ -87,9 +87,9 @@ def test_curvature_bound_is_met_by_a_wide_interval() -> None:
 
 
 def test_layer_is_the_function_in_a_graph_too() -> None:
-    layer, x = SoftClip(-2.0, 3.0, 1.5), torch.linspace(-9, 9, 37, dtype=torch.float64)
+    layer, x = SoftClipping(-2.0, 3.0, 1.5), torch.linspace(-9, 9, 37, dtype=torch.float64)
     torch.testing.assert_close(to_graph(layer, x)(x), soft_clip(x, -2.0, 3.0, 1.5), rtol=0, atol=0)
-    assert repr(layer) == "SoftClip(low=-2, high=3, sharpness=1.5)"
+    assert repr(layer) == "SoftClipping(low=-2, high=3, sharpness=1.5)"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,6 @@ def test_layer_is_the_function_in_a_graph_too() -> None:
 )
 def test_bad_arguments(arguments: tuple[float, ...], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        SoftClip(*arguments)
+        SoftClipping(*arguments)
     with pytest.raises(ValueError, match=sentence):
         soft_clip(torch.zeros(1), *arguments)

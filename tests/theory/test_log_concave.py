@@ -98,7 +98,7 @@ def test_positive_latents_are_known_by_their_logarithm() -> None:
         rate = pyro.sample("rate", dist.Gamma(2.0, 0.5))
         pyro.sample("y", dist.Normal(rate, 1.0), obs=torch.tensor(1.0, dtype=torch.float64))
 
-    assert "of site 'y' (Normal) is not affine in latents" in unknown_form(target(located))
+    assert "of site 'y' (Normal) is not affine in the latents" in unknown_form(target(located))
 
 
 @pytest.mark.parametrize("name", REFUTED)

@@ -1,0 +1,136 @@
+"""The exact objective against closed forms and Monte Carlo, slopes on known curves, the program as a whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import bbvi_conv as bc
+from bbvi_conv.families import Linear
+
+ROOT = Path(__file__).parents[2]
+KEYS = {
+    "reference", "target", "log_concave", "family", "parameterisation", "estimator", "optimiser", "guaranteed",
+    "expected_slope", "slope", "gap_nats", "khat", "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def theory() -> ModuleType:
+    """The study's modules, whose folder is on the path for as long as they are imported."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import bbvi_theory.measure
+        import bbvi_theory.rows
+        import bbvi_theory.targets
+        import bbvi_theory.unprotected
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+    return bbvi_theory
+
+
+def test_the_exact_objective_is_the_evidence_at_the_posterior_of_linear_regression(theory: ModuleType) -> None:
+    target = theory.targets.LINEAR
+    best, lowest = target.regression.optimum(True)
+    mean, covariance = target.module.posterior(*target.args)
+    torch.testing.assert_close(best.loc, mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(best.factor @ best.factor.T, covariance, rtol=1e-10, atol=1e-10)
+    assert lowest == pytest.approx(-float(target.module.log_evidence(*target.args)), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["LINEAR", "LOGISTIC"])
+@pytest.mark.parametrize("family", [bc.MeanField(0.4, Linear()), bc.FullRank(0.4, Linear())], ids=["mean", "full"])
+def test_the_exact_objective_is_the_librarys_in_expectation(theory: ModuleType, name: str, family: object) -> None:
+    target = getattr(theory.targets, name)
+    program = bc.build(target.module.model, args=target.args, family=family)
+    x = program.initial() + torch.linspace(-0.2, 0.3, len(program.initial()), dtype=torch.float64)
+    q = theory.targets.Gaussian.of(program, x)
+    noise = program.layout.draw(torch.Generator().manual_seed(0), 1500, dtype=torch.float64)
+    _, batch = program.example()
+    values = [program.site_values(x, noise.at(i), batch) for i in range(1500)]
+    losses = torch.stack([value.log_q - value.log_p for value in values])
+    error = float(losses.std()) / len(losses) ** 0.5
+    exact = float(target.regression.loss(q.loc, q.factor))
+    assert abs(float(losses.mean()) - exact) < 4 * error
+    assert error < 0.02 * abs(exact)
+
+
+def test_slopes_are_those_of_known_curves(theory: ModuleType) -> None:
+    fitted = theory.measure._fitted
+    steps = np.arange(1, 3001, 7)
+    assert fitted((steps, 5 * steps**-0.5), geometric=False).value == pytest.approx(-0.5)
+    late = np.where(steps < 80, 1.0, 1e-3 * (steps / 3000.0) ** -1.0)
+    assert fitted((steps, late), geometric=False).value == pytest.approx(-1.0)
+    fall = np.maximum(np.exp(-0.05 * steps), 1e-16)
+    assert fitted((steps, fall), geometric=True).value == pytest.approx(-0.05)
+    assert fitted((steps, 0 * steps), geometric=False).value is None
+
+
+def test_every_row_is_a_sound_pair_and_its_key_its_own(theory: ModuleType) -> None:
+    rows = theory.rows.table(quick=False)
+    assert len({row.key for row in rows}) == len(rows)
+    assert {row.target.name for row in rows if not row.target.log_concave} == {
+        "funnel",
+        "banana",
+        "two modes",
+        "eight schools",
+    }
+    for row in rows:
+        if row.target.log_concave:
+            continue
+        assert row.quantity == "E||grad||^2"
+    seen = set()
+    for row in rows:
+        kind = (row.estimator, row.optimiser, row.parameterisation)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        program = bc.build(row.target.module.model, args=row.target.args, family=row.settings["family"])
+        from bbvi_conv.binding import bind
+
+        bind(row.settings["optimiser"], program, row.settings["objective"], 1.0)
+
+
+def test_claims_of_log_concavity_agree_with_the_library(theory: ModuleType) -> None:
+    for name in ("LINEAR", "LOGISTIC", "FUNNEL", "BANANA", "MODES", "SCHOOLS"):
+        target = getattr(theory.targets, name)
+        found = bc.assumptions(target.module.model, bc.MeanField(1.0), bc.Adam(), target.args)
+        assert found.status("log-concave target") == ("holds" if target.log_concave else "fails")
+
+
+def test_a_bare_linear_scale_goes_wrong_and_a_kept_one_does_not(theory: ModuleType) -> None:
+    assert theory.unprotected._run(3, "SGD")["nonpositive"]
+    assert theory.unprotected._run(3, "prox-SGD") == {"nonpositive": False, "jump": False}
+
+
+def test_the_program_goes_on_where_it_was(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "examples" / "bbvi_convergence.py"), "--out", str(out), "--quick"]
+    command += ["--only", "prox", "--workers", "1", "--steps", "200"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for already in (0, 1):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"1 rows, {already} of them already measured" in done.stdout
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    (row,) = results["rows"]
+    assert row.keys() >= KEYS
+    assert row["slope"].keys() >= {"value", "low", "high"}
+    assert row["slope"]["value"] < -0.5
+    assert 0 < row["gap_nats"] < 1
+    assert math.isfinite(row["khat"])
+    assert results["unprotected"]["share"]["SGD"] == 1.0
+    assert (out / "linear_regression.png").stat().st_size > 10_000
+    assert (out / "unprotected.png").stat().st_size > 5_000
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert table.startswith("| reference | target | log-concave |")
+    assert "| at most -0.5 | -" in table
