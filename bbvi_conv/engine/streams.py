@@ -35,6 +35,18 @@ class Feed(NamedTuple):
         return program.batch(None if self.rows is None else self.rows[index])
 
 
+NUMBERS = 2**22
+"""Numbers that a block of noise may hold for one seed."""
+
+
+def _block_of(numbers: int) -> int:
+    """Steps in a block of noise: ``BLOCK``, or the largest part of it that is no larger than ``NUMBERS``."""
+    block = BLOCK
+    while block > 1 and block * numbers > NUMBERS:
+        block //= 2
+    return block
+
+
 class Stream:
     """Noise of one purpose (``"optimise"``, ``"monitor"``, ``"evaluate"``, ``"predict"``), keyed by seed and name.
 
@@ -45,6 +57,7 @@ class Stream:
     def __init__(self, program: Program, seed: int, name: str, draws: int, *, num_seeds: int = 1) -> None:
         self.program, self.seed, self.name, self.draws = program, seed, name, draws
         self.num_seeds = num_seeds
+        self.block = _block_of(sum(program.layout) * draws)
         self._held: tuple[int, Noise] | None = None
         self._single = [Stream(program, seed + s, name, draws) for s in range(num_seeds)] if num_seeds > 1 else []
 
@@ -59,14 +72,14 @@ class Stream:
                 *(torch.stack(parts, 1) for parts in zip(*(s._draw(block) for s in self._single), strict=True))
             )
         gen = generator(self.seed, self.name, block, self.program.device)
-        return self.program.layout.draw(gen, BLOCK, self.draws, dtype=self.program.dtype)
+        return self.program.layout.draw(gen, self.block, self.draws, dtype=self.program.dtype)
 
     def steps(self, start: int, count: int) -> Iterator[Feed]:
         """Feeds that cover the steps ``start .. start + count - 1``, one per block touched."""
         end = start + count
         while start < end:
-            block, offset = divmod(start, BLOCK)
-            size = min(BLOCK - offset, end - start)
+            block, offset = divmod(start, self.block)
+            size = min(self.block - offset, end - start)
             noise = self._block(block).at(slice(offset, offset + size))
             yield Feed(noise, self._rows(start, size))
             start += size
