@@ -48,7 +48,7 @@ def fit(
     tol: Annotated[float | None, typer.Option(help="tolerance on the remaining gap, in nats")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of all noise, and of networks made by the file")] = None,
     seeds: Annotated[int | None, typer.Option(help="independent runs at once, of this seed and the next ones")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, eager, traced or compiled")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, eager, traced, compiled or cuda-graph")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or float64")] = None,
     minibatch: Annotated[int | None, typer.Option(help="rows a step sees")] = None,

@@ -45,7 +45,7 @@ class Settings:
         tol: tolerance on the remaining gap, in total nats.
         seed: seed of every stream of noise.
         num_seeds: S, independent runs at once, of the seeds ``seed .. seed + S - 1``.
-        engine: ``"auto"``, ``"eager"``, ``"traced"`` or ``"compiled"``.
+        engine: ``"auto"``, ``"eager"``, ``"traced"``, ``"compiled"`` or ``"cuda-graph"``.
         device: where it runs.
         dtype: float type, or None for the default by size.
         normalise: ``"datum"`` divides the loss by N when a plate is subsampled, ``"total"`` never does.

@@ -7,6 +7,7 @@ import warnings
 
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.compiled import CompiledEngine
+from bbvi_conv.engine.cuda_graph import CudaGraphEngine
 from bbvi_conv.engine.engine import EagerEngine, Engine, TracedEngine
 from bbvi_conv.engine.native import CannotCompile, NoCompiler
 from bbvi_conv.objectives.objective import Objective
@@ -14,7 +15,7 @@ from bbvi_conv.optim import Optimiser
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.trace import TracedLogWeights, Untraceable
 
-ENGINES = ("auto", "eager", "traced", "compiled")
+ENGINES = ("auto", "eager", "traced", "compiled", "cuda-graph")
 
 COMPILE_SECONDS = 5.0
 COMPILE_SECONDS_PER_NODE = 0.015
@@ -38,10 +39,12 @@ def make_engine(
     """The engine of that name, for one seed or several at once.
 
     ``"auto"`` traces where the program allows it, and compiles where the remaining ``steps`` repay it or an earlier
-    process has done so; where compiling fails it warns once and runs the traced steps.
+    process has done so; where compiling fails it warns once and runs the traced steps. On a CUDA device it replays
+    captured steps.
 
     Raises:
-        ValueError: unknown name; ``"traced"`` or ``"compiled"`` for a program that cannot be (with the reason); several
+        ValueError: unknown name; ``"traced"`` or ``"compiled"`` for a program that cannot be (with the reason), or an
+            engine of the other device; several
             seeds of a program whose buffers change.
     """
     if name not in ENGINES:
@@ -63,12 +66,11 @@ def make_engine(
 def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
     """The compiled engine, or for ``"auto"`` the traced one with the reason."""
     nodes = len(traced.graph.graph.nodes)
-    if traced.calculus.program.device.type != "cpu":
-        why = "compiled loops run on the CPU"
-        if name == "compiled":
-            raise ValueError(f'{why}; use engine="traced" or "auto" on {traced.calculus.program.device}')
-        traced.reason = f"the program traces, and {why}"
-        return traced
+    device = traced.calculus.program.device
+    if (device.type == "cuda") != (name == "cuda-graph") and name != "auto":
+        raise ValueError(f'engine="{name}" does not run on {device}; use engine="auto"')
+    if device.type == "cuda":
+        return CudaGraphEngine(traced, "asked for" if name != "auto" else "captured steps keep the device busy")
     if name == "auto" and nodes > MOST_NODES:
         traced.reason = f"a step has {nodes:,} operations, too many to compile: write loops with bc.scan"
         return traced

@@ -1,0 +1,81 @@
+"""Steps over fixed tensors are the traced engine's; captured on a device where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from bbvi_conv.engine import Carry, Stream, TracedEngine, make_engine, start_carry
+from bbvi_conv.engine.cuda_graph import UNROLL, FixedSteps
+from bbvi_conv.families import MeanField
+from bbvi_conv.objectives import ELBO
+from bbvi_conv.optim import Adam, InverseSqrt
+from bbvi_conv.program import Minibatch, Program
+from bbvi_conv.program.build import build
+
+RULE = Adam(InverseSqrt(0.1))
+X = torch.linspace(-1, 1, 12, dtype=torch.float64)
+
+
+def gathered(x: Tensor, y: Tensor) -> None:
+    slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(slope * x, 0.5), obs=y)
+
+
+def by_index(x: Tensor, y: Tensor) -> None:
+    slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("data", 12, subsample_size=4) as rows:
+        pyro.sample("y", dist.Normal(slope * x[rows], 0.5), obs=y[rows])
+
+
+def program(model: Any, rows: bool, device: str = "cpu") -> Program:
+    batch = Minibatch(4, plate="data") if rows else None
+    return build(
+        model, None, (X, 2 * X), family=MeanField(), minibatch=batch, dtype=torch.float64, device=torch.device(device)
+    )
+
+
+CASES = [(gathered, False, 1), (gathered, True, 1), (by_index, True, 1), (gathered, True, 3)]
+
+
+@pytest.mark.parametrize(("model", "rows", "seeds"), CASES)
+def test_fixed_steps_are_traced_steps(model: Any, rows: bool, seeds: int) -> None:
+    made = program(model, rows)
+    traced = make_engine("traced", made, ELBO(2), RULE, num_seeds=seeds)
+    assert isinstance(traced, TracedEngine)
+    stream = Stream(made, 0, "optimise", 2, num_seeds=seeds)
+    start = Carry.stack([start_carry(RULE, made.initial())] * seeds)
+    expected, losses = traced.advance(start, stream, 0, 40)
+    steps = FixedSteps(traced, stream.block)
+    count = steps.fill(start, next(stream.steps(0, 40)))
+    with torch.no_grad():
+        for _ in range(count):
+            steps()
+    assert (expected.x - start.x).norm() > 0.1
+    assert all(torch.equal(a, b) for a, b in zip(steps.carry, expected.flat(), strict=True))
+    assert torch.equal(steps.losses[:count], losses)
+
+
+def test_an_engine_of_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match='engine="cuda-graph" does not run on cpu; use engine="auto"'):
+        make_engine("cuda-graph", program(gathered, True), ELBO(), RULE)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("model", "rows", "seeds"), CASES)
+def test_captured_steps_are_traced_steps(model: Any, rows: bool, seeds: int) -> None:
+    made = program(model, rows, "cuda")
+    seen = {}
+    for name in ("traced", "cuda-graph"):
+        engine = make_engine(name, made, ELBO(2), RULE, num_seeds=seeds)
+        stream = Stream(made, 0, "optimise", 2, num_seeds=seeds)
+        start = Carry.stack([start_carry(RULE, made.initial())] * seeds)
+        seen[name] = engine.advance(start, stream, 0, 2 * UNROLL + 3)
+    torch.testing.assert_close(seen["cuda-graph"][0].x, seen["traced"][0].x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(seen["cuda-graph"][1], seen["traced"][1], rtol=1e-9, atol=1e-9)
