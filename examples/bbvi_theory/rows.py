@@ -122,8 +122,9 @@ def _stationary(target: Target) -> list[Row]:
     for reference, family, value, parameterisation, estimator, words, rule, says in makes:
         objective = bc.ELBO(DRAWS, STL if estimator == STL else "pathwise")
         settings = {"family": value, "objective": objective, "optimiser": rule}
+        slope = -0.5 if says else None
         rows.append(
-            Row(reference, target, family, parameterisation, estimator, words, "E||grad||^2", says, -0.5, settings)
+            Row(reference, target, family, parameterisation, estimator, words, "E||grad||^2", says, slope, settings)
         )
     return rows
 
