@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     kwargs: dict[str, Any]
     settings: Settings
     source: ModelSource | None
+    engine_reason: str | None
 
 
 class Archive:
@@ -166,8 +167,9 @@ class Archive:
                 f"{self.directory.path / 'config.json'} lacks settings or source: it is no run of ours"
             ) from None
         settings = {name: given[name] if name in given else decode(value, name=name) for name, value in stored.items()}
+        engine_reason = None
         if settings["engine"] == "auto" and "engine" not in given:  # the same bits need the same engine
-            settings["engine"] = config["engine"]["name"]
+            settings["engine"], engine_reason = config["engine"]["name"], config["engine"]["reason"]
         chosen = Settings(**settings)
         found_args: tuple[Any, ...] = (args,) if isinstance(args, Tensor) else tuple(args or ())
         found = None if source is None else ModelSource(source["path"], source["name"])
@@ -182,7 +184,7 @@ class Archive:
             model, guide, found_args, kwargs = file.model, file.guide, file.args, file.kwargs
         if data_hash(found_args, kwargs or {}) != config["data_sha256"]:
             raise ValueError(f"the data are not those of the run in {self.directory.path}: give the same, or fit anew")
-        return Plan(model, guide, found_args, kwargs or {}, chosen, found)
+        return Plan(model, guide, found_args, kwargs or {}, chosen, found, engine_reason)
 
 
 def monitor_csv(tables: Sequence[Rows], seed: int) -> str:

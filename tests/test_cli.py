@@ -341,6 +341,7 @@ def test_models_are_listed_by_name_and_first_line() -> None:
         "challenger",
         "conjugate_gaussian",
         "eight_schools",
+        "forbes",
         "funnel",
         "tighter_bounds",
         "two_modes",
@@ -352,7 +353,7 @@ def test_ctrl_c_leaves_what_there_is(tmp_path: Path) -> None:
     """Stopped in the middle of a long run: exit code 3, a verdict on disk, and the steps made are in it."""
     path = write(tmp_path, MODEL)
     out = tmp_path / "run"
-    with program("fit", path, "--out", out, "--steps", "10000000", "--tol", "1e-12") as running:
+    with program("fit", path, "--out", out, "--steps", "10000000", "--tol", "1e-12", "--engine", "traced") as running:
         wait_for_checkpoint(out, running)
         os.kill(running.pid, signal.SIGINT)
         stdout, stderr = running.communicate(timeout=60)
@@ -364,7 +365,7 @@ def test_ctrl_c_leaves_what_there_is(tmp_path: Path) -> None:
 
 def test_a_run_that_is_being_written_is_not_resumed_by_another(tmp_path: Path) -> None:
     path, out = write(tmp_path, MODEL), tmp_path / "run"
-    with program("fit", path, "--out", out, "--steps", "10000000", "--tol", "1e-12") as running:
+    with program("fit", path, "--out", out, "--steps", "10000000", "--tol", "1e-12", "--engine", "traced") as running:
         try:
             wait_for_checkpoint(out, running)
             assert_refused(call("resume", out, "--steps", "10"), f"is being written by process {running.pid}")

@@ -68,14 +68,14 @@ def simplify(graph: GraphModule) -> GraphModule:
     for node in list(graph.graph.nodes):
         if node.op not in ("call_function", "get_attr"):
             continue
-        same = _same_as(node)
+        same, key = _same_as(node), _key(node)
         if same is None:
-            same = seen.setdefault(_key(node), node)
+            same = seen.setdefault(key, node)
         if same is not node:
             node.replace_all_uses_with(same)
             graph.graph.erase_node(node)
         elif _is_log_of_own_value(node):
-            _make_zero(graph, node)
+            seen[key] = _make_zero(graph, node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -127,13 +127,14 @@ def _is_log_of_own_value(node: Node) -> bool:
     return isinstance(equal, Node) and equal.target is _aten.eq.Tensor and equal.args[0] is equal.args[1]
 
 
-def _make_zero(graph: GraphModule, node: Node) -> None:
+def _make_zero(graph: GraphModule, node: Node) -> Node:
     meta, source = node.meta["tensor_meta"], node.args[0]
     with graph.graph.inserting_before(node):
         zero = graph.graph.call_function(_aten.zeros_like.default, (source,))
     zero.meta["tensor_meta"] = meta
     node.replace_all_uses_with(zero)
     graph.graph.erase_node(node)
+    return zero
 
 
 def _columns_first(value: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 Inductor's own wrapper allocates and releases a tensor per result at every step. Here its wrapper runs once, on tensors
 without data, and what it allocates and calls is recorded; the compiled loop then repeats the calls on fixed memory.
-Private interfaces of Inductor are used here and in ``recording``, and nowhere else.
 """
 
 from __future__ import annotations
@@ -13,20 +12,22 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch._inductor.compile_fx  # registers lowerings
 from torch import Tensor
-from torch._functorch.compile_utils import fx_graph_cse
-from torch._guards import TracingContext, tracing
-from torch._inductor import config
-from torch._inductor.debug import DebugContext
-from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.graph import GraphLowering
-from torch._inductor.virtualized import V
-from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from bbvi_conv.engine.native.inductor import (
+    DebugContext,
+    FakeTensorMode,
+    GraphLowering,
+    ShapeEnv,
+    TracingContext,
+    V,
+    config,
+    fx_graph_cse,
+    select_decomp_table,
+    tracing,
+)
 from bbvi_conv.engine.native.plan import CannotCompile, Copy, Instruction, Loop, Place, Plan, pack
 from bbvi_conv.engine.native.recording import Pending, Recorder, record
 from bbvi_conv.program.graphs import results, simplify

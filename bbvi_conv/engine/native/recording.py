@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor.select_algorithm import extern_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bbvi_conv.engine.native.inductor import extern_kernels
 from bbvi_conv.engine.native.plan import Call, CannotCompile, Instruction, Kernel, Place, View
 
 _ALLOCATES = ("aten::empty_strided", "aten::empty.memory_format", "aten::empty", "aten::empty_like")

@@ -1,0 +1,36 @@
+"""The private interfaces of torch's Inductor that the compiled engine stands on, imported here and nowhere else.
+
+Raises:
+    ImportError: where this torch has another Inductor; the engine then says so, and steps run traced.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+with warnings.catch_warnings():  # deprecated parts of torch that torch itself imports
+    warnings.simplefilter("ignore")
+    from torch._functorch.compile_utils import fx_graph_cse
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.select_algorithm import extern_kernels
+    from torch._inductor.virtualized import V
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+__all__ = [
+    "DebugContext",
+    "FakeTensorMode",
+    "GraphLowering",
+    "ShapeEnv",
+    "TracingContext",
+    "V",
+    "config",
+    "extern_kernels",
+    "fx_graph_cse",
+    "select_decomp_table",
+    "tracing",
+]
