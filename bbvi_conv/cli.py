@@ -157,13 +157,13 @@ def models() -> None:
 
 
 def differences(first: Fit, again: Fit) -> list[str]:
-    """Names of what differs between two fits, to the last bit; times do not count."""
+    """Names of what differs between two fits, to the last bit; times, and why an engine was chosen, do not count."""
     import torch
 
     pairs = list(zip(first.seeds, again.seeds, strict=False))
     same = len(first.seeds) == len(again.seeds) and all(torch.equal(one.x, other.x) for one, other in pairs)
     found = [] if same else ["parameters"]
-    one, other = first.verdict.to_json(), again.verdict.to_json()
+    one, other = ({**fit.verdict.to_json(), "engine": fit.engine_name} for fit in (first, again))
     return found + [name for name in one if name != "seconds" and repr(one[name]) != repr(other.get(name))]
 
 

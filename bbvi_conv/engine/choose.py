@@ -79,7 +79,7 @@ def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
         found = engine.cached
         cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * nodes
         if name == "auto" and not found and steps * STEP_SECONDS_PER_NODE * nodes < cost:
-            traced.reason = f"the program traces, and {steps:,.0f} steps do not repay about {cost:.0f} s of compiling"
+            traced.reason = f"the program traces, and {steps:,.0f} steps do not repay compiling"
             return traced
         made = engine.prepare()
     except (CannotCompile, NoCompiler) as error:

@@ -234,8 +234,8 @@ def test_fisher_information_of_a_gaussian(draw) -> None:
 
 def test_which_engine_and_why() -> None:
     program = build(correlated, None, (torch.tensor(0.5),), family=MeanField(), dtype=torch.float64)
-    auto = make_engine("auto", program, ELBO(), RULE)
-    assert (auto.name, auto.reason) == ("traced", "the program traces")
+    auto = make_engine("auto", program, ELBO(), RULE, steps=1_000)
+    assert (auto.name, auto.reason) == ("traced", "the program traces, and 1,000 steps do not repay compiling")
     assert make_engine("eager", program, ELBO(), RULE).reason == "asked for"
     with pytest.raises(ValueError, match="unknown engine 'jit'; choose one of auto, eager, traced"):
         make_engine("jit", program, ELBO(), RULE)
