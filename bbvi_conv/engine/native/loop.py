@@ -31,7 +31,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 class NativeLoop:
-    """``(carry, moving inputs, fixed inputs) -> (carry, other results)``, T times, in one call.
+    """``(carry, moving inputs, rows, fixed inputs) -> (carry, other results)``, T times, in one call.
 
     The first results of the graph replace the carry, its first inputs; the others are kept for every step.
 
@@ -39,7 +39,8 @@ class NativeLoop:
         graph: ATen operations without mutation.
         example: one tensor per input, of the shapes of one step.
         carry: how many inputs the step replaces.
-        moving: how many inputs change from step to step.
+        moving: how many inputs after them change from step to step.
+        resident: data whose rows, drawn at every step, are the inputs after those.
         threads: threads of the generated code.
 
     Raises:
@@ -47,16 +48,25 @@ class NativeLoop:
     """
 
     def __init__(
-        self, graph: GraphModule, example: Sequence[Tensor], carry: int, moving: int, *, threads: int = 1
+        self,
+        graph: GraphModule,
+        example: Sequence[Tensor],
+        carry: int,
+        moving: int,
+        *,
+        resident: Sequence[Tensor] = (),
+        threads: int = 1,
     ) -> None:
         self.carry, self.moving, self.threads = carry, moving, threads
+        self._resident = [data.contiguous() for data in resident]
+        changing = carry + moving + len(resident)
         lifted, constants = lift(graph)
-        self._fixed = [_whole(t) for t in (*example[carry + moving :], *constants)]
-        self._example = [*(torch.empty(t.shape, dtype=t.dtype) for t in example[: carry + moving]), *self._fixed]
+        fixed = [_whole(t) for t in (*example[changing:], *constants)]
+        self._example = [*(torch.empty(t.shape, dtype=t.dtype) for t in example[:changing]), *fixed]
         self._graph = lifted
         self.results = results(graph)[carry:]
         shapes = "; ".join(f"{t.dtype} {tuple(t.shape)} {t.stride()}" for t in self._example)
-        self.name = name_of(f"{lifted.code}\n{shapes}\n{carry} {moving} {threads}", __version__)
+        self.name = name_of(f"{lifted.code}\n{shapes}\n{carry} {threads}", __version__)
 
     @property
     def cached(self) -> bool:
@@ -100,13 +110,16 @@ class NativeLoop:
             return 1
         return 0
 
-    def __call__(self, carry: Sequence[Tensor], moving: Sequence[Tensor], steps: int) -> tuple[list[Tensor], ...]:
+    def __call__(
+        self, carry: Sequence[Tensor], moving: Sequence[Tensor], steps: int, rows: Tensor | None = None
+    ) -> tuple[list[Tensor], ...]:
         """Run ``steps`` steps.
 
         Args:
             carry: tensors of the carry; left as they are.
             moving: one tensor ``(steps, ...)`` per moving input.
             steps: T.
+            rows: ``(steps, ...)``, rows of the resident data, as many as an input has.
 
         Returns:
             The carry, and the other results, each ``(steps, ...)``.
@@ -116,12 +129,17 @@ class NativeLoop:
         feeds = [m.contiguous() for m in moving]
         kept = [torch.empty((steps, *meta.shape), dtype=meta.dtype) for meta in self.results]
         first = len(self._example)
+        begin = self.carry + self.moving
+        drawn = torch.empty(0, dtype=torch.int64) if rows is None else rows.to(torch.int64).contiguous()
         made = self._library.advance(
             ctypes.c_int64(steps),
             self._slots,
             self._callback,
-            *_table(range(self.carry, self.carry + self.moving), feeds, steps),
-            *_table(range(first, first + len(kept)), kept, steps),
+            *_table(range(self.carry, begin), feeds),
+            ctypes.c_int64(drawn.numel() // max(steps, 1)),
+            ctypes.c_void_p(drawn.data_ptr()),
+            *_table(range(begin, begin + len(self._resident)), self._resident),
+            *_table(range(first, first + len(kept)), kept),
         )
         if made < steps:
             error, self._error = self._error, None
@@ -129,15 +147,14 @@ class NativeLoop:
         return [slot.clone() for slot in self._example[: self.carry]], kept
 
 
-def _table(slots: range, tensors: Sequence[Tensor], steps: int) -> tuple[Any, ...]:
-    """Arguments of the entry point: how many, their slots, addresses, and bytes per step."""
+def _table(slots: range, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Arguments of the entry point: how many, their slots, addresses, and bytes of one of their rows."""
     count = len(tensors)
-    sizes = [t.numel() * t.itemsize // max(steps, 1) for t in tensors]
     return (
         ctypes.c_int64(count),
         (ctypes.c_int64 * count)(*slots),
         (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors)),
-        (ctypes.c_int64 * count)(*sizes),
+        (ctypes.c_int64 * count)(*(t[:1].numel() * t.itemsize for t in tensors)),
     )
 
 

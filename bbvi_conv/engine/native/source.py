@@ -19,12 +19,18 @@ static int step(char* const* s, Call call) {{
 }}
 
 // Runs `steps` steps. s: memory of the slots; moving, feed, size: slots filled anew at every step, from where, by how
-// many bytes; kept, store, length: slots saved after every step, to where. Returns the steps made.
+// many bytes; drawn, data, width: slots filled with `batch` rows of resident data, from where, by how many bytes a row;
+// kept, store, length: slots saved after every step, to where. Returns the steps made.
 extern "C" int64_t advance(int64_t steps, char* const* s, Call call,
                            int64_t feeds, const int64_t* moving, const char* const* feed, const int64_t* size,
+                           int64_t batch, const int64_t* rows,
+                           int64_t gathers, const int64_t* drawn, const char* const* data, const int64_t* width,
                            int64_t stores, const int64_t* kept, char* const* store, const int64_t* length) {{
     for (int64_t t = 0; t < steps; ++t) {{
         for (int64_t i = 0; i < feeds; ++i) std::memcpy(s[moving[i]], feed[i] + t * size[i], size[i]);
+        for (int64_t i = 0; i < gathers; ++i)
+            for (int64_t b = 0; b < batch; ++b)
+                std::memcpy(s[drawn[i]] + b * width[i], data[i] + rows[t * batch + b] * width[i], width[i]);
         if (step(s, call)) return t;
         for (int64_t i = 0; i < stores; ++i) std::memcpy(store[i] + t * length[i], s[kept[i]], length[i]);
     }}
