@@ -313,7 +313,10 @@ def test_the_assumptions_of_a_run_are_printed(finished: Path) -> None:
 
 
 def program(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "bbvi_conv.cli", *map(str, arguments)]
+    """The command line in a process of its own, which hears Ctrl-C also where the tests run in the background."""
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from bbvi_conv.cli import app; "
+    code += "app()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
