@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         StudentT,
         Sylvester,
     )
-    from bbvi_conv.fitting import Fit, ModelSource, fit, load
+    from bbvi_conv.fitting import Fit, fit, load
     from bbvi_conv.monitor.signal import SignalToNoise, signal_to_noise
     from bbvi_conv.monitor.svi import GradientMonitor
     from bbvi_conv.networks import BoundedLinear, SoftClipping, bounded_mlp, soft_clip
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from bbvi_conv.program.minibatch import Minibatch
     from bbvi_conv.program.program import Program
     from bbvi_conv.program.scan import scan
+    from bbvi_conv.recipe import ModelSource
     from bbvi_conv.run import FitState, Settings
     from bbvi_conv.theory import Assumptions, assumptions
     from bbvi_conv.verdict import Verdict
@@ -109,7 +110,7 @@ _WHERE = {
     "MIWAE": "objectives",
     "Mixture": "families",
     "MLP": "networks.encoders",
-    "ModelSource": "fitting",
+    "ModelSource": "recipe",
     "NeuralSpline": "families",
     "OBJECTIVES": "objectives",
     "Pair": "objectives",

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from bbvi_conv.checkpoint import Rows, pack, unpack
 from bbvi_conv.monitor.state import Look, MonitorState, columns, to_rows
+from bbvi_conv.recipe import ModelSource, Recipe
 from bbvi_conv.run import FitState, Run, Settings
 from bbvi_conv.run_directory import RunDirectory
 from bbvi_conv.settings import decode, encode
 
 if TYPE_CHECKING:
-    from bbvi_conv.fitting import Fit, ModelSource
+    from bbvi_conv.fitting import Fit
 
 POSTERIOR_DRAWS = 1000
 _PACKAGES = ("bbvi_conv", "torch", "pyro-ppl", "numpy", "scipy", "arviz")
@@ -33,12 +34,8 @@ _PACKAGES = ("bbvi_conv", "torch", "pyro-ppl", "numpy", "scipy", "arviz")
 class Plan(NamedTuple):
     """What it takes to build a run again."""
 
-    model: Callable[..., Any]
-    guide: Callable[..., Any] | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    recipe: Recipe
     settings: Settings
-    source: ModelSource | None
     engine_reason: str | None
 
 
@@ -157,8 +154,6 @@ class Archive:
         Raises:
             ValueError: no model to be found, other data, or a setting that a file cannot hold.
         """
-        from bbvi_conv.fitting import ModelSource
-
         config = self.directory.read_config()
         try:
             stored, source = dict(config["settings"]), config["source"]
@@ -184,7 +179,7 @@ class Archive:
             model, guide, found_args, kwargs = file.model, file.guide, file.args, file.kwargs
         if data_hash(found_args, kwargs or {}) != config["data_sha256"]:
             raise ValueError(f"the data are not those of the run in {self.directory.path}: give the same, or fit anew")
-        return Plan(model, guide, found_args, kwargs or {}, chosen, found, engine_reason)
+        return Plan(Recipe(model, guide, found_args, kwargs or {}, found), chosen, engine_reason)
 
 
 def monitor_csv(tables: Sequence[Rows], seed: int) -> str:

@@ -35,7 +35,10 @@ def fit(
     file: Annotated[
         str, typer.Argument(metavar="FILE[:NAME]", help="a model file, or a shipped model such as eight_schools")
     ],
-    family: Annotated[str | None, typer.Option(help="mean-field or full-rank, where the file has no guide")] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help="where the file has no guide: mean-field, full-rank, iaf, ..."),
+    ] = None,
     objective: Annotated[str | None, typer.Option(help="the bound: elbo, iwae, vr-iwae, miwae, ciwae or piwae")] = None,
     particles: Annotated[int | None, typer.Option(help="draws of the objective: K, for the elbo M")] = None,
     estimator: Annotated[

@@ -7,21 +7,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.distributions import transform_to
 
-from bbvi_conv.families import MeanField
 from bbvi_conv.monitor.intervals import Estimate, unavailable
 from bbvi_conv.monitor.seeds import Agreement, agreement, highest
 from bbvi_conv.monitor.state import signal_to_noise
 from bbvi_conv.objectives import Objective
 from bbvi_conv.program.buffers import CalledModule, own_buffers, restore_buffers
-from bbvi_conv.program.build import build
-from bbvi_conv.program.program import Params, Program
+from bbvi_conv.program.program import Params
 from bbvi_conv.progress import Progress
+from bbvi_conv.recipe import ModelSource, Recipe
 from bbvi_conv.run import FitState, OnLook, Run, Settings, figures, returned
 from bbvi_conv.settings import encode
 from bbvi_conv.starts import starts
@@ -32,13 +29,6 @@ if TYPE_CHECKING:
 
     from bbvi_conv.archive import Archive
     from bbvi_conv.theory import Assumptions
-
-
-class ModelSource(NamedTuple):
-    """Where a model came from, so that a run directory can find it again: a file and a name in it."""
-
-    path: str
-    name: str | None = None
 
 
 def fit(
@@ -87,24 +77,14 @@ def fit(
         ValueError: bad input, in one sentence that names the site, argument or option and the way out.
         TypeError: an unknown setting.
     """
-    unknown = sorted(set(settings) - {f.name for f in dataclasses.fields(Settings)})
+    unknown = sorted(set(settings) - set(_SETTINGS))
     if unknown:
         raise TypeError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(_SETTINGS)}")
-    if guide is not None and "family" in settings and settings["family"] is not None:
+    if guide is not None and settings.get("family") is not None:
         raise ValueError("give a guide or a family, not both: the family would make another guide")
     chosen = Settings(**{k: v for k, v in settings.items() if k != "family" or v is not None})
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
-    program = build(
-        model,
-        guide,
-        args,
-        kwargs,
-        family=None if guide is not None else chosen.family,
-        minibatch=chosen.minibatch,
-        dtype=chosen.dtype,
-        device=_device(chosen.device),
-        seed=chosen.seed,
-    )
+    recipe = Recipe(model, guide, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}, source)
+    program = recipe.program(chosen)
     archive = None
     if out is not None:
         from bbvi_conv.archive import Archive
@@ -112,10 +92,7 @@ def fit(
         archive = Archive.create(out)
     try:
         run = Run(program, chosen, None if held_out is None else program.with_data(held_out))
-        if init is None:
-            state = run.start(*starts(program, chosen, model, guide, args, kwargs, source))
-        else:
-            state = run.start(*[_start(program, init, chosen.seed)] * chosen.num_seeds)
+        state = run.start(*starts(program, chosen, recipe, init))
         if archive is not None:
             archive.describe(run, source)
     except BaseException:
@@ -126,59 +103,6 @@ def fit(
 
 
 _SETTINGS = [f.name for f in dataclasses.fields(Settings)]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError('device "cuda" was asked for, but torch sees no CUDA device; use device="cpu"')
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'unknown device {name!r}; use "auto", "cpu" or "cuda"') from None
-
-
-WARM_DRAWS = 4096
-"""Draws of an earlier fit by which another family is placed: locations are then good to 1/64 of a scale."""
-
-
-def _start(program: Program, init: Fit, seed: int) -> Tensor:
-    """Initial parameters: the program's own, replaced by those of an earlier fit where name and shape agree.
-
-    Where no variational parameter has the name of an earlier one, as in another family, a guide that can be placed is
-    put at the locations and scales that the earlier fit gives to sites of the same name.
-    """
-    x = program.initial()
-    earlier = {leaf.name: leaf for leaf in init.program.leaves}
-    values = init.constrained_params
-    starts = {
-        leaf.name: values[leaf.name]
-        for leaf in program.leaves
-        if leaf.name in earlier and earlier[leaf.name].tensor.shape == leaf.tensor.shape
-    }
-    raw = {name: value for group in init.params.values() for name, value in group.items()}
-    guided = [leaf.name for leaf in program.leaves if leaf.group != "theta"]
-    if not starts.keys() & set(guided) and hasattr(program.guide, "placed"):
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
-            starts |= program.guide.placed(init.sample(WARM_DRAWS))
-    parts, taken = [], 0
-    for leaf, part in zip(program.leaves, torch.split(x, program.sizes), strict=True):
-        start = starts.get(leaf.name)
-        if start is not None:
-            same = leaf.name in earlier and earlier[leaf.name].constraint == leaf.constraint
-            free = raw[leaf.name] if same else transform_to(leaf.constraint).inv(start)
-            flat = free.reshape(-1).to(x)
-            part = torch.where(torch.isfinite(flat), flat, part)  # a scale outside the new range starts as it would
-            taken += 1
-        parts.append(part)
-    if taken == 0:
-        raise ValueError(
-            f"init has no parameter that fits: it holds {sorted(raw)}, "
-            f"this fit {[leaf.name for leaf in program.leaves]}"
-        )
-    return torch.cat(parts)
 
 
 def _drive(
@@ -483,24 +407,13 @@ def load(
 
     archive = Archive.open(directory)
     plan = archive.plan(model, guide, args, kwargs, settings)
-    program = build(
-        plan.model,
-        plan.guide,
-        plan.args,
-        plan.kwargs,
-        family=None if plan.guide is not None else plan.settings.family or MeanField(),
-        minibatch=plan.settings.minibatch,
-        dtype=plan.settings.dtype,
-        device=_device(plan.settings.device),
-        seed=plan.settings.seed,
-    )
+    program = plan.recipe.program(plan.settings)
     run = Run(program, plan.settings, None if held_out is None else program.with_data(held_out))
     run.engine.reason = plan.engine_reason or run.engine.reason
     state = archive.state()
     if state is None:
-        made_from = plan.model, plan.guide, plan.args, plan.kwargs, plan.source
-        state = run.start(*starts(program, plan.settings, *made_from))
-    result = Fit(run, state, archive=archive, source=plan.source)
+        state = run.start(*starts(program, plan.settings, plan.recipe))
+    result = Fit(run, state, archive=archive, source=plan.recipe.source)
     if plan.settings.update_modules:
         program.write_back(result.x)
     result.decide()

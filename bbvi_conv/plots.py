@@ -76,7 +76,7 @@ def bound(fit: Fit) -> Figure:
     With several seeds the line is their mean and the band their range.
     """
     figure, axes = _figure(2)
-    seeds, per = fit.state.seeds, _normaliser(fit)
+    seeds, per = fit.state.seeds, fit.run.normaliser
     chunks: dict[tuple[int, int], list[float]] = {}
     for one in seeds:
         for begin, steps, loss in one.losses:
@@ -355,13 +355,8 @@ def _divided(estimate: Estimate, by: float) -> Estimate:
     return Estimate(value, low, high, estimate.reason)
 
 
-def _normaliser(fit: Fit) -> float:
-    program, settings = fit.program, fit.settings
-    return float(program.total) if program.minibatch and settings.normalise == "datum" else 1.0
-
-
 def _per(fit: Fit, *, squared: bool = False) -> str:
-    if _normaliser(fit) == 1.0:
+    if fit.run.normaliser == 1.0:
         return ""
     return " per datum²" if squared else " per datum"
 

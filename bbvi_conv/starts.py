@@ -1,74 +1,53 @@
-"""Where each of several seeds starts: where a fit of that seed alone would."""
+"""Where runs start: every seed where a fit of that seed alone would, or where an earlier fit ended."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import transform_to
 
-from bbvi_conv.families import MeanField
 from bbvi_conv.program.buffers import buffers_kept
-from bbvi_conv.program.build import build
 from bbvi_conv.program.program import Program
+from bbvi_conv.recipe import Recipe
 from bbvi_conv.run import Settings
 
 if TYPE_CHECKING:
-    from bbvi_conv.fitting import ModelSource
+    from bbvi_conv.fitting import Fit
 
 
-def starts(
-    program: Program,
-    settings: Settings,
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any] | None,
-    source: ModelSource | None,
-) -> list[Tensor]:
+def starts(program: Program, settings: Settings, recipe: Recipe, init: Fit | None = None) -> list[Tensor]:
     """Initial parameters of every seed, each flat ``(P,)``; the first are the program's own.
 
     Later seeds build the program again under their own seed. Networks that come from a model file are made anew by
     running the file again; those handed over ready-made, by their own ``reset_parameters`` (where they have one), and
-    they are put back as found.
+    they are put back as found. All seeds of a warm start begin where the earlier fit ended.
 
     Args:
         program: the program of the first seed.
         settings: with ``seed`` and ``num_seeds``.
-        model, guide, args, kwargs: what it was built from.
-        source: the file they came from, if any.
+        recipe: what it was built from.
+        init: an earlier fit to start from.
 
     Raises:
-        ValueError: a model that has other parameters under another seed.
+        ValueError: a model that has other parameters under another seed, or none in common with the earlier fit.
     """
+    if init is not None:
+        return [_warm_start(program, init, settings.seed)] * settings.num_seeds
     found = [program.initial()]
     for seed in range(settings.seed + 1, settings.seed + settings.num_seeds):
-        own_model, own_guide = model, guide
-        if source is not None:
-            from bbvi_conv.model_file import load_programs
-
-            own_model, own_guide = load_programs(source.path, source.name, seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the first build has told them
-            other = build(
-                own_model,
-                own_guide,
-                args,
-                kwargs,
-                family=None if own_guide is not None else settings.family or MeanField(),
-                minibatch=settings.minibatch,
-                dtype=program.dtype,
-                device=program.device,
-                seed=seed,
-            )
+            other = recipe.remade(seed).program(settings, seed)
         if [(leaf.name, leaf.tensor.shape) for leaf in other.leaves] != [
             (leaf.name, leaf.tensor.shape) for leaf in program.leaves
         ]:
             raise ValueError(f"the model has other parameters under seed {seed}: fit the seeds one by one")
-        with _renewed(other, seed) if source is None else buffers_kept(()):
+        with _renewed(other, seed) if recipe.source is None else buffers_kept(()):
             found.append(other.initial())
     return found
 
@@ -94,3 +73,45 @@ def _reset(module: nn.Module, own: set[int]) -> None:
     reset = getattr(module, "reset_parameters", None)
     if callable(reset) and parameters and all(id(parameter) in own for parameter in parameters):
         reset()
+
+
+WARM_DRAWS = 4096
+"""Draws of an earlier fit by which another family is placed: locations are then good to 1/64 of a scale."""
+
+
+def _warm_start(program: Program, init: Fit, seed: int) -> Tensor:
+    """Initial parameters: the program's own, replaced by those of an earlier fit where name and shape agree.
+
+    Where no variational parameter has the name of an earlier one, as in another family, a guide that can be placed is
+    put at the locations and scales that the earlier fit gives to sites of the same name.
+    """
+    x = program.initial()
+    earlier = {leaf.name: leaf for leaf in init.program.leaves}
+    values = init.constrained_params
+    starts = {
+        leaf.name: values[leaf.name]
+        for leaf in program.leaves
+        if leaf.name in earlier and earlier[leaf.name].tensor.shape == leaf.tensor.shape
+    }
+    raw = {name: value for group in init.params.values() for name, value in group.items()}
+    guided = [leaf.name for leaf in program.leaves if leaf.group != "theta"]
+    if not starts.keys() & set(guided) and hasattr(program.guide, "placed"):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            starts |= program.guide.placed(init.sample(WARM_DRAWS))
+    parts, taken = [], 0
+    for leaf, part in zip(program.leaves, torch.split(x, program.sizes), strict=True):
+        start = starts.get(leaf.name)
+        if start is not None:
+            same = leaf.name in earlier and earlier[leaf.name].constraint == leaf.constraint
+            free = raw[leaf.name] if same else transform_to(leaf.constraint).inv(start)
+            flat = free.reshape(-1).to(x)
+            part = torch.where(torch.isfinite(flat), flat, part)  # a scale outside the new range starts as it would
+            taken += 1
+        parts.append(part)
+    if taken == 0:
+        raise ValueError(
+            f"init has no parameter that fits: it holds {sorted(raw)}, "
+            f"this fit {[leaf.name for leaf in program.leaves]}"
+        )
+    return torch.cat(parts)

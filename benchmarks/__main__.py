@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from benchmarks import accuracy as timed
 from benchmarks import iwae_step
 from benchmarks import startup as starting
-from benchmarks.case import Case, Unavailable
+from benchmarks.case import Case
 from benchmarks.cases import CASES
 from benchmarks.growth import GROWTH, label
 from benchmarks.machine import machine
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command("iwae")(iwae_step.main)
 
+Item = TypeVar("Item")
 Json = Annotated[Path | None, typer.Option("--json", help="write the result here")]
 Names = Annotated[str, typer.Option(help="comma-separated cases; all by default")]
 Engine = Annotated[str, typer.Option(help="our engine")]
@@ -41,21 +43,18 @@ def speed(
     table: Annotated[Path | None, typer.Option(help="page to put the table in, such as docs/performance.md")] = None,
 ) -> None:
     """Time per step of every contender; a fresh process for each case and number of threads."""
-    rows: list[dict[str, Any]] = []
-    skipped: dict[str, str] = {}
-    result = {**machine(), "rows": rows, "skipped": skipped}
-    for name in _chosen(cases):
-        for count in map(int, threads.split(",")):
-            options = {"engine": engine, "rounds": rounds, "scale": scale, "run-steps": run_steps, "threads": count}
-            row = fresh(["one", name, *_flags(options)], threads=count)
-            if "unavailable" in row:
-                skipped[name] = row["unavailable"]
-                break
-            rows.append(row)
-            seen = ("ours_us", "numpyro_scan_us", "pyro_us", "ratio_numpyro_scan", "spread", "ratio_pyro")
-            typer.echo(f"{name}, {count} threads: " + ", ".join(f"{key} {cell(key, row[key])}" for key in seen))
-            _save(out, result)  # what is measured is not lost
-    _save(out, result)
+    options = {"engine": engine, "rounds": rounds, "scale": scale, "run-steps": run_steps}
+
+    def row(of: tuple[str, int]) -> dict[str, Any]:
+        name, count = of
+        return fresh(["one", name, *_flags({**options, "threads": count})], threads=count)
+
+    def said(row: dict[str, Any]) -> str:
+        seen = ("ours_us", "numpyro_scan_us", "pyro_us", "ratio_numpyro_scan", "spread", "ratio_pyro")
+        return f"{row['case']}, {row['threads']} threads: " + ", ".join(f"{key} {cell(key, row[key])}" for key in seen)
+
+    counts = [int(count) for count in threads.split(",")]
+    result = _collect([(name, count) for name in _chosen(cases) for count in counts], row, said, out)
     if table is not None:
         write(table, result)
 
@@ -72,14 +71,9 @@ def one(
     out: Json = None,
 ) -> None:
     """One row, measured in this process."""
-    try:
-        case = _case(name)
-        picked = tuple(filter(None, only.split(",")))
-        result = measure(
-            name, case, threads=threads, engine=engine, rounds=rounds, scale=scale, run_steps=run_steps, only=picked
-        )
-    except Unavailable as error:
-        result = {"unavailable": str(error)}
+    options: dict[str, Any] = {"engine": engine, "rounds": rounds, "scale": scale, "run_steps": run_steps}
+    picked = tuple(filter(None, only.split(",")))
+    result = measure(name, _case(name), threads=threads, only=picked, **options)
     _save(out, result)
     if out is None:
         typer.echo(json.dumps(result, indent=2))
@@ -97,13 +91,13 @@ def growth(
     """Time per step as rows, latents, draws or seeds grow."""
     options = {"engine": engine, "rounds": rounds, "scale": scale, "run-steps": 0, "threads": threads}
     names = [label(name, size) for name in what.split(",") for size in GROWTH[name].sizes]
-    rows = []
-    for name in names:
-        rows.append(fresh(["one", name, *_flags(options), "--only", "ours,numpyro_scan"], threads=threads))
-        seen = ("ours_us", "numpyro_scan_us", "ratio_numpyro_scan")
-        said = rows[-1].get("unavailable") or ", ".join(f"{key} {cell(key, rows[-1][key])}" for key in seen)
-        typer.echo(f"{name}: {said}")
-        _save(out, {**machine(), "rows": rows})
+    seen = ("ours_us", "numpyro_scan_us", "ratio_numpyro_scan")
+    _collect(
+        names,
+        lambda name: fresh(["one", name, *_flags(options), "--only", "ours,numpyro_scan"], threads=threads),
+        lambda row: f"{row['case']}: " + ", ".join(f"{key} {cell(key, row[key])}" for key in seen),
+        out,
+    )
 
 
 @app.command()
@@ -115,15 +109,15 @@ def memory(
 ) -> None:
     """Peak resident memory of either side, MiB above what it was before the case ran; a process for each."""
     options = {"engine": engine, "rounds": 2, "run-steps": 0, "threads": threads}
-    rows = []
-    for name in _chosen(cases):
-        row: dict[str, Any] = {"case": name}
+
+    def row(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"case": name}
         for side in ("ours", "numpyro_scan"):
             made = fresh(["one", name, *_flags(options), "--only", side], threads=threads)
-            row[f"{side}_mib"] = made["peak_mib"] - made["start_mib"] if "peak_mib" in made else None
-        rows.append(row)
-        typer.echo(json.dumps(row))
-        _save(out, {**machine(), "rows": rows})
+            found[f"{side}_mib"] = made["peak_mib"] - made["start_mib"]
+        return found
+
+    _collect(_chosen(cases), row, json.dumps, out)
 
 
 @app.command()
@@ -134,11 +128,7 @@ def startup(
     out: Json = None,
 ) -> None:
     """Seconds to the end of the first step beyond imports: cold, and warm in a second process."""
-    rows = []
-    for name in _chosen(cases):
-        rows.append(starting.startup(name, engine=engine, threads=threads))
-        typer.echo(json.dumps(rows[-1]))
-        _save(out, {**machine(), "rows": rows})
+    _collect(_chosen(cases), lambda name: starting.startup(name, engine=engine, threads=threads), json.dumps, out)
 
 
 @app.command("first-step", hidden=True)
@@ -156,11 +146,12 @@ def accuracy(
     out: Json = None,
 ) -> None:
     """Seconds, compiling included, until the bound is near the best that either side finds."""
-    rows = []
-    for name in _chosen(cases):
-        rows.append(timed.accuracy(name, _case(name), steps=steps, engine=engine, within=within))
-        typer.echo(json.dumps({key: value for key, value in rows[-1].items() if not key.endswith("_marks")}))
-        _save(out, {**machine(), "rows": rows})
+    _collect(
+        _chosen(cases),
+        lambda name: timed.accuracy(name, _case(name), steps=steps, engine=engine, within=within),
+        lambda row: json.dumps({key: value for key, value in row.items() if not key.endswith("_marks")}),
+        out,
+    )
 
 
 @app.command("table")
@@ -170,6 +161,22 @@ def page(
 ) -> None:
     """Write the table of an earlier run into the page."""
     write(out, json.loads(result.read_text(encoding="utf-8")))
+
+
+def _collect(
+    items: Iterable[Item],
+    measured: Callable[[Item], dict[str, Any]],
+    said: Callable[[dict[str, Any]], str],
+    out: Path | None,
+) -> dict[str, Any]:
+    """A row for every item; each is shown and saved as it is measured, so that none is lost."""
+    rows: list[dict[str, Any]] = []
+    result = {**machine(), "rows": rows}
+    for item in items:
+        rows.append(measured(item))
+        typer.echo(said(rows[-1]))
+        _save(out, result)
+    return result
 
 
 def _chosen(cases: str) -> list[str]:

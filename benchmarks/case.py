@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -83,20 +83,13 @@ class Case:
         )
 
     def settings(self, **more: Any) -> Settings:
-        """What ``bc.fit`` is given.
-
-        Raises:
-            Unavailable: several seeds, where this version knows but one.
-        """
-        if self.seeds > 1:
-            if "num_seeds" not in {f.name for f in fields(Settings)}:
-                raise Unavailable("num_seeds is not in this version")
-            more["num_seeds"] = self.seeds
+        """What ``bc.fit`` is given."""
         return Settings(
             objective=self.objective,
             optimiser=bc.Adam(bc.Constant(self.step_size)),
             minibatch=self.minibatch,
             dtype=torch.float32,
+            num_seeds=self.seeds,
             **more,
         )
 
@@ -114,7 +107,3 @@ class Case:
         if self.scaled is not None:
             return self.scaled(factor)
         return poutine.scale(self.model, factor), poutine.scale(guide, factor)
-
-
-class Unavailable(RuntimeError):
-    """A case that cannot run here; the message says why."""

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,31 +51,8 @@ def measure(
         Disagreement: if the sides of the case do not pose the same problem.
     """
     torch.set_num_threads(threads)
-    missing = {}
     start = resident()
-    if find_spec("numpyro") is None:
-        missing["numpyro_scan"] = "NumPyro is not installed"
-    elif not only or len(only) > 1:
-        check(name, case)
-    makers = {
-        "ours": lambda: peers.ours(case, engine),
-        "numpyro_scan": lambda: peers.numpyro_scan(case),
-        "pyro": lambda: peers.pyro_svi(case),
-        "pyro_jit": lambda: peers.pyro_svi(case, jit=True),
-        **case.others,
-    }
-    turns = {}
-    for contender, make in makers.items():
-        if contender in missing or (only and contender not in only):
-            continue
-        try:
-            turns[contender] = make()
-            turns[contender](1)
-        except Exception as error:  # a peer that cannot do a case is a finding, not a failure of the rest
-            if contender == "ours":
-                raise
-            turns.pop(contender, None)
-            missing[contender] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    turns, missing = _contenders(name, case, engine, only)
     fast, slow = max(1, int(case.steps * scale)), max(1, int(case.pyro_steps * scale))
     steps = {contender: fast if contender in PAIR else slow for contender in turns}
     seconds, attempts = interleave(turns, steps, rounds=rounds, pair=PAIR)
@@ -104,14 +81,53 @@ def measure(
         row["ratio_pyro"] = ratio(seconds["pyro"], seconds["ours"]).median
     if run_steps and case.seeds == 1:
         within = max(1, min(run_steps, int(60 / figures["ours"].median)))  # about a minute at most
-        fit_seconds, fit = peers.ours_fit(case, within, engine)
-        spent = fit.seconds
-        row.update(run_steps=within, ours_fit_us=1e6 * fit_seconds)
-        row["monitor_share"] = spent["monitor"] / max(spent["monitor"] + spent["steps"], 1e-12)
-        if "numpyro_scan" in turns:
-            row["numpyro_run_us"] = 1e6 * peers.numpyro_run(case, within)
+        row |= _whole_runs(case, within, engine, numpyro="numpyro_scan" in turns)
     row["start_mib"], row["peak_mib"] = start, resident()
     return row
+
+
+def _contenders(
+    name: str, case: Case, engine: str, only: Sequence[str]
+) -> tuple[dict[str, Callable[[int], float]], dict[str, str]]:
+    """Who takes turns, warmed up by one step; and who does not, with the reason."""
+    missing = {}
+    if find_spec("numpyro") is None:
+        missing["numpyro_scan"] = "NumPyro is not installed"
+    elif not only or len(only) > 1:
+        check(name, case)
+    makers: dict[str, Callable[[], Callable[[int], float]]] = {
+        "ours": lambda: peers.ours(case, engine),
+        "numpyro_scan": lambda: peers.numpyro_scan(case),
+        "pyro": lambda: peers.pyro_svi(case),
+        "pyro_jit": lambda: peers.pyro_svi(case, jit=True),
+        **case.others,
+    }
+    turns = {}
+    for contender, make in makers.items():
+        if contender in missing or (only and contender not in only):
+            continue
+        try:
+            turn = make()
+            turn(1)
+        except Exception as error:  # a peer that cannot do a case is a finding, not a failure of the rest
+            if contender == "ours":
+                raise
+            missing[contender] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        else:
+            turns[contender] = turn
+    return turns, missing
+
+
+def _whole_runs(case: Case, steps: int, engine: str, *, numpyro: bool) -> dict[str, Any]:
+    """A step of ``bc.fit`` and of ``svi.run``, everything included, and the monitor's share of ours."""
+    seconds, fit = peers.ours_fit(case, steps, engine)
+    monitor = fit.seconds["monitor"]
+    return {
+        "run_steps": steps,
+        "ours_fit_us": 1e6 * seconds,
+        "monitor_share": monitor / max(monitor + fit.seconds["steps"], 1e-12),
+        "numpyro_run_us": 1e6 * peers.numpyro_run(case, steps) if numpyro else None,
+    }
 
 
 def resident() -> float:

@@ -30,7 +30,7 @@ def ours(case: Case, engine: str = "auto") -> Turn:
     run = Run(program, case.settings(engine=engine))
     carry, done = start_carry(run.settings.rule(), program.initial()), 0
     if case.seeds > 1:
-        carry = Carry.unflatten([torch.stack([part] * case.seeds) for part in carry.flat()])
+        carry = Carry.stack([carry] * case.seeds)
     draws = case.objective.draws
     start = time.perf_counter()
     program.layout.draw(torch.Generator().manual_seed(0), BLOCK, draws, dtype=program.dtype)

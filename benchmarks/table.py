@@ -76,7 +76,6 @@ def markdown(result: Mapping[str, Any]) -> str:
         said += [f"{contender}: {reason}" for contender, reason in row["missing"].items()]
         if said:
             lines.append(f"- {case}: {'; '.join(said)}.")
-    lines += [f"- {name}: not measured ({reason})." for name, reason in result["skipped"].items()]
     return "\n".join(lines) + "\n"
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,17 +28,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @cache
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"shipped_for_tests_{name}", MODELS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _load(name: str) -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(MODELS / f"{name}.py")))
 
 
 @pytest.fixture(scope="session")
-def shipped() -> Callable[[str], ModuleType]:
+def shipped() -> Callable[[str], SimpleNamespace]:
     """``shipped("eight_schools")``: that model file as a module."""
     return _load
 

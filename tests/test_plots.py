@@ -70,7 +70,7 @@ def labelled(axis: Axes, start: str) -> Any:
 
 def changed(fit: Any, **state: Any) -> Any:
     """The same fit with another state."""
-    return SimpleNamespace(state=fit.state._replace(**state), settings=fit.settings, program=fit.program)
+    return SimpleNamespace(state=fit.state._replace(**state), settings=fit.settings, run=fit.run)
 
 
 def words(figure: Figure) -> str:

@@ -33,28 +33,14 @@ def data():
     return (torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),)
 """
 
-AMORTIZED = """
-import pyro, pyro.distributions as dist, torch
+AMORTIZED = (
+    (Path(__file__).parent / "files" / "amortized.py").read_text(encoding="utf-8")
+    + """
 import bbvi_conv as bc
 
-encoder, decoder = torch.nn.Linear(4, 4), torch.nn.Linear(2, 4)
 fit = {"minibatch": bc.Minibatch(16, plate="data"), "dtype": torch.float32, "seed": 3, "window": 100, "khat_draws": 100}
-
-def model(x):
-    pyro.module("decoder", decoder)
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-        pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-def guide(x):
-    pyro.module("encoder", encoder)
-    with pyro.plate("data", len(x)):
-        loc, log_scale = encoder(x).chunk(2, -1)
-        pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-def data():
-    return (torch.randn(200, 4),)
 """
+)
 
 MODELS = {"global": GLOBAL, "amortized": AMORTIZED}
 STEPS = 500

@@ -22,6 +22,7 @@ from bbvi_conv.model_file import load_model
 from bbvi_conv.monitor import Strata
 from bbvi_conv.monitor.state import columns, from_rows, to_rows
 
+AMORTIZED = Path(__file__).parent / "files" / "amortized.py"
 QUICK: dict[str, Any] = {
     "progress": False,
     "window": 100,
@@ -107,34 +108,9 @@ def test_one_seed_is_what_it_was() -> None:
     assert not any(name.startswith("seed") for name in pack(fit.state)[0])
 
 
-AMORTIZED = """
-import pyro, pyro.distributions as dist, torch
-import bbvi_conv as bc
-
-encoder, decoder = torch.nn.Linear(4, 4).double(), torch.nn.Linear(2, 4).double()
-def model(x):
-    pyro.module("decoder", decoder)
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-        pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-def guide(x):
-    pyro.module("encoder", encoder)
-    with pyro.plate("data", len(x)):
-        loc, log_scale = encoder(x).chunk(2, -1)
-        pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-def data():
-    return (torch.randn(200, 4, generator=torch.Generator().manual_seed(0)),)
-"""
-
-
-def test_a_model_file_is_run_again_for_the_networks_of_every_seed(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text(AMORTIZED, encoding="utf-8")
-
+def test_a_model_file_is_run_again_for_the_networks_of_every_seed() -> None:
     def run(seed: int, **settings: Any) -> bc.Fit:
-        file = load_model(str(path), seed=seed)
+        file = load_model(str(AMORTIZED), seed=seed)
         batch, source = bc.Minibatch(16, plate="data"), bc.ModelSource(str(file.path))
         more = {**QUICK, "minibatch": batch, "dtype": torch.float64, "max_steps": 60, "tol": 1e-9, **settings}
         return bc.fit(file.model, file.guide, file.args, seed=seed, source=source, **more)

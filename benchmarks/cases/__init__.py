@@ -25,4 +25,4 @@ CASES: dict[str, Callable[[], Case]] = {
     "conv-vae": conv_vae,
     "iaf": iaf,
 }
-"""Name -> constructor; a constructor may raise :class:`~benchmarks.case.Unavailable`."""
+"""Name -> constructor."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bbvi_conv as bc
-from benchmarks.case import Case, Twin, Unavailable
+from benchmarks.case import Case, Twin
 from benchmarks.families import MEAN_FIELD
 
 
@@ -29,8 +29,6 @@ def garch(steps: int = 200) -> Case:
 
     Bollerslev (1986), "Generalized autoregressive conditional heteroskedasticity"; simulated series.
     """
-    if not hasattr(bc, "scan"):
-        raise Unavailable("bc.scan is not in this version")
     y = _series(steps)
 
     def model(y: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,63 @@ def _numpyro_loss(objective: Any) -> Any:
     return Trace_ELBO(num_particles=objective.num_particles)
 
 
+def _programs(
+    networks: tuple[nn.Module, nn.Module],
+    latent: int,
+    seen: Callable[[Tensor], Tensor],
+    pixels: Callable[[Tensor], Any],
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Pyro model and guide of a VAE; ``seen`` makes numbers of bytes, ``pixels`` a distribution of decoded latents."""
+    encoder, decoder = networks
+
+    def model(images: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(images)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(latent), 1.0).to_event(1))
+            pyro.sample("image", pixels(decoder(z)), obs=seen(images))
+
+    def guide(images: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(images)):
+            loc, log_scale = encoder(seen(images)).chunk(2, dim=-1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    return model, guide
+
+
+def _twins(encode: Any, decode: Any, latent: int, batch: int, seen: Any, pixels: Any) -> tuple[Any, Any]:
+    """The same in NumPyro, which gathers the rows itself."""
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as npd
+
+    def model(images: Any, rows: Any = None) -> None:
+        with numpyro.plate("data", len(images), subsample_size=batch) as drawn:
+            x = seen(images[drawn if rows is None else rows].astype(jnp.float32))
+            z = numpyro.sample("z", npd.Normal(jnp.zeros(latent), 1.0).to_event(1))
+            numpyro.sample("image", pixels(decode(z)), obs=x)
+
+    def guide(images: Any, rows: Any = None) -> None:
+        with numpyro.plate("data", len(images), subsample_size=batch) as drawn:
+            x = seen(images[drawn if rows is None else rows].astype(jnp.float32))
+            loc, log_scale = jnp.split(encode(x), 2, axis=-1)
+            numpyro.sample("z", npd.Normal(loc, jnp.exp(log_scale)).to_event(1))
+
+    return model, guide
+
+
+def _layer(weights: Arrays, name: str, x: Any) -> Any:
+    """A linear layer in NumPyro that starts at torch's weights."""
+    weight, bias = _pair(weights, name)
+    return x @ weight.T + bias
+
+
+def _pair(weights: Arrays, name: str) -> list[Any]:
+    import numpyro
+
+    return [numpyro.param(f"{name}.{part}", weights[f"{name}.{part}"]) for part in ("weight", "bias")]
+
+
 def vae(
     objective: Any = None, *, hidden: int = 400, latent: int = 20, batch: int = 128, rows: int = 60_000, steps: int = 64
 ) -> Case:
@@ -57,42 +115,26 @@ def vae(
     decoder = nn.Sequential(nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, PIXELS))
     images = _digits(rows)
     weights = {**_weights(encoder, "encoder"), **_weights(decoder, "decoder")}
-
-    def model(images: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(images)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(latent), 1.0).to_event(1))
-            pyro.sample("image", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=images.float())
-
-    def guide(images: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(images)):
-            loc, log_scale = encoder(images.float()).chunk(2, dim=-1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+    model, guide = _programs(
+        (encoder, decoder), latent, Tensor.float, lambda logits: dist.Bernoulli(logits=logits).to_event(1)
+    )
 
     def twin() -> Twin:
         import jax.numpy as jnp
-        import numpyro
         import numpyro.distributions as npd
 
-        def layer(name: str, x: Any) -> Any:
-            w = numpyro.param(f"{name}.weight", weights[f"{name}.weight"])
-            return x @ w.T + numpyro.param(f"{name}.bias", weights[f"{name}.bias"])
+        def network(name: str) -> Any:
+            return lambda x: _layer(weights, f"{name}.2", jnp.tanh(_layer(weights, f"{name}.0", x)))
 
-        def model(images: Any, rows: Any = None) -> None:
-            with numpyro.plate("data", len(images), subsample_size=batch) as drawn:
-                x = images[drawn if rows is None else rows].astype(jnp.float32)
-                z = numpyro.sample("z", npd.Normal(jnp.zeros(latent), 1.0).to_event(1))
-                logits = layer("decoder.2", jnp.tanh(layer("decoder.0", z)))
-                numpyro.sample("image", npd.Bernoulli(logits=logits).to_event(1), obs=x)
-
-        def guide(images: Any, rows: Any = None) -> None:
-            with numpyro.plate("data", len(images), subsample_size=batch) as drawn:
-                x = images[drawn if rows is None else rows].astype(jnp.float32)
-                loc, log_scale = jnp.split(layer("encoder.2", jnp.tanh(layer("encoder.0", x))), 2, axis=-1)
-                numpyro.sample("z", npd.Normal(loc, jnp.exp(log_scale)).to_event(1))
-
-        return Twin(model, guide, (jnp.asarray(images.numpy()),), _numpyro_loss(objective))
+        programs = _twins(
+            network("encoder"),
+            network("decoder"),
+            latent,
+            batch,
+            lambda x: x,
+            lambda logits: npd.Bernoulli(logits=logits).to_event(1),
+        )
+        return Twin(*programs, (jnp.asarray(images.numpy()),), _numpyro_loss(objective))
 
     return Case(
         model=model,
@@ -124,6 +166,39 @@ def iwae_50() -> Case:
 CHANNELS = (32, 64, 64)
 
 
+def _conv_networks(weights: Arrays) -> tuple[Any, Any]:
+    """Encoder and decoder of :func:`conv_vae` in JAX; images channels last, which XLA's CPU prefers."""
+    import jax
+    import jax.numpy as jnp
+
+    relu = jax.nn.relu
+
+    def halved(weight: Any, x: Any) -> Any:  # torch's layout of weights: (out, in, h, w)
+        layout = ("NHWC", "OIHW", "NHWC")
+        return jax.lax.conv_general_dilated(x, weight, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout)
+
+    def down(name: str, x: Any) -> Any:
+        weight, bias = _pair(weights, name)
+        return halved(weight, x) + bias
+
+    def up(name: str, x: Any) -> Any:  # lax.conv_transpose has a weight gradient 30 times slower on XLA's CPU
+        weight, bias = _pair(weights, name)
+        wide = jax.ShapeDtypeStruct((len(x), 2 * x.shape[1], 2 * x.shape[2], weight.shape[1]), x.dtype)
+        return jax.linear_transpose(partial(halved, weight), wide)(x)[0] + bias
+
+    def encode(x: Any) -> Any:
+        for name in ("encoder.0", "encoder.2", "encoder.4"):
+            x = relu(down(name, x))
+        return _layer(weights, "encoder.7", jnp.transpose(x, (0, 3, 1, 2)).reshape(len(x), -1))
+
+    def decode(z: Any) -> Any:
+        x = relu(_layer(weights, "decoder.0", z)).reshape(len(z), CHANNELS[-1], 8, 8)
+        x = relu(up("decoder.3", jnp.transpose(x, (0, 2, 3, 1))))
+        return jax.nn.sigmoid(up("decoder.7", relu(up("decoder.5", x))))
+
+    return encode, decode
+
+
 def conv_vae(*, latent: int = 32, batch: int = 64, rows: int = 2048) -> Case:
     """Three strided convolutions each way on 64 x 64 x 3 bytes, latent 32, Gaussian pixels of scale 0.1."""
     torch.manual_seed(0)
@@ -139,73 +214,19 @@ def conv_vae(*, latent: int = 32, batch: int = 64, rows: int = 2048) -> Case:
     blobs = torch.rand(rows, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = (255 * nn.functional.interpolate(blobs, size=64, mode="bilinear")).byte()
     weights = {**_weights(encoder, "encoder"), **_weights(decoder, "decoder")}
-
-    def model(images: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(images)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(latent), 1.0).to_event(1))
-            pyro.sample("image", dist.Normal(decoder(z), 0.1).to_event(3), obs=images.float() / 255)
-
-    def guide(images: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(images)):
-            loc, log_scale = encoder(images.float() / 255).chunk(2, dim=-1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+    model, guide = _programs(
+        (encoder, decoder), latent, lambda x: x.float() / 255, lambda mean: dist.Normal(mean, 0.1).to_event(3)
+    )
 
     def twin() -> Twin:
-        import jax
         import jax.numpy as jnp
-        import numpyro
         import numpyro.distributions as npd
-        from numpyro.infer import Trace_ELBO
 
-        def pair(name: str) -> tuple[Any, Any]:
-            return (numpyro.param(f"{name}.{part}", weights[f"{name}.{part}"]) for part in ("weight", "bias"))  # type: ignore[return-value]
-
-        def dense(name: str, x: Any) -> Any:
-            w, bias = pair(name)
-            return x @ w.T + bias
-
-        def halved(w: Any, x: Any) -> Any:  # torch's (out, in, h, w); images channels last, which XLA's CPU prefers
-            layout = ("NHWC", "OIHW", "NHWC")
-            return jax.lax.conv_general_dilated(x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=layout)
-
-        def down(name: str, x: Any) -> Any:
-            w, bias = pair(name)
-            return halved(w, x) + bias
-
-        def up(name: str, x: Any) -> Any:  # lax.conv_transpose has a weight gradient 30 times slower on XLA's CPU
-            w, bias = pair(name)
-            wide = jax.ShapeDtypeStruct((len(x), 2 * x.shape[1], 2 * x.shape[2], w.shape[1]), x.dtype)
-            return jax.linear_transpose(partial(halved, w), wide)(x)[0] + bias
-
-        def encode(x: Any) -> Any:
-            for name in ("encoder.0", "encoder.2", "encoder.4"):
-                x = jax.nn.relu(down(name, x))
-            return dense("encoder.7", jnp.transpose(x, (0, 3, 1, 2)).reshape(len(x), -1))
-
-        def decode(z: Any) -> Any:
-            x = jax.nn.relu(dense("decoder.0", z)).reshape(len(z), c, 8, 8)
-            x = jax.nn.relu(up("decoder.3", jnp.transpose(x, (0, 2, 3, 1))))
-            return jax.nn.sigmoid(up("decoder.7", jax.nn.relu(up("decoder.5", x))))
-
-        def taken(images: Any, drawn: Any, rows: Any) -> Any:
-            return images[drawn if rows is None else rows].astype(jnp.float32) / 255
-
-        def model(images: Any, rows: Any = None) -> None:
-            with numpyro.plate("data", len(images), subsample_size=batch) as drawn:
-                x = taken(images, drawn, rows)
-                z = numpyro.sample("z", npd.Normal(jnp.zeros(latent), 1.0).to_event(1))
-                numpyro.sample("image", npd.Normal(decode(z), 0.1).to_event(3), obs=x)
-
-        def guide(images: Any, rows: Any = None) -> None:
-            with numpyro.plate("data", len(images), subsample_size=batch) as drawn:
-                x = taken(images, drawn, rows)
-                loc, log_scale = jnp.split(encode(x), 2, axis=-1)
-                numpyro.sample("z", npd.Normal(loc, jnp.exp(log_scale)).to_event(1))
-
+        programs = _twins(
+            *_conv_networks(weights), latent, batch, lambda x: x / 255, lambda mean: npd.Normal(mean, 0.1).to_event(3)
+        )
         channels_last = jnp.asarray(images.permute(0, 2, 3, 1).contiguous().numpy())
-        return Twin(model, guide, (channels_last,), Trace_ELBO())
+        return Twin(*programs, (channels_last,), _numpyro_loss(bc.ELBO(1)))
 
     return Case(
         model=model,

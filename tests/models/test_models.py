@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import os
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,9 @@ needs_data = pytest.mark.skipif(
 )
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> SimpleNamespace:
     """Run a model file, as the command line does: by its path, and never as ``models.NAME``."""
-    spec = importlib.util.spec_from_file_location(f"shipped_{name}", MODELS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(MODELS / f"{name}.py")))
 
 
 @contextlib.contextmanager
