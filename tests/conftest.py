@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,9 +11,8 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
+from bbvi_conv.model_file import load_module
 from bbvi_conv.program import Batch, Noise, Program
-
-MODELS = Path(__file__).parents[1] / "models"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,20 +24,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@cache
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"shipped_for_tests_{name}", MODELS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def shipped() -> Callable[[str], ModuleType]:
     """``shipped("eight_schools")``: that model file as a module."""
-    return _load
+    return cache(load_module)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch.distributions import transform_to
 
 import bbvi_conv as bc
 from bbvi_conv.families import FullRank, MeanField
+from bbvi_conv.model_file import load_module
 from bbvi_conv.posterior import (
     draw,
     export,
@@ -39,20 +38,8 @@ from bbvi_conv.posterior.neutral import plan
 from bbvi_conv.program.build import build
 from bbvi_conv.program.program import Program
 
-MODELS = Path(__file__).parents[1] / "models"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"shipped_{name}", MODELS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-conjugate = load("conjugate_gaussian")
-schools = load("eight_schools")
+conjugate = load_module("conjugate_gaussian")
+schools = load_module("eight_schools")
 
 
 def with_values(program: Program, values: dict[str, Tensor]) -> Tensor:

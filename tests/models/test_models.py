@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,20 +18,12 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from scipy import integrate, optimize, stats
 
+from bbvi_conv.model_file import load_module as load
+
 MODELS = Path(__file__).parents[2] / "models"
 needs_data = pytest.mark.skipif(
     "BBVI_CONV_DATA" not in os.environ, reason="BBVI_CONV_DATA names no folder of real data"
 )
-
-
-def load(name: str) -> ModuleType:
-    """Run a model file, as the command line does: by its path, and never as ``models.NAME``."""
-    spec = importlib.util.spec_from_file_location(f"shipped_{name}", MODELS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager
