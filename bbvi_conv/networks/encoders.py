@@ -22,6 +22,16 @@ class Encoder(Protocol):
         ...
 
 
+def check_hidden(hidden: tuple[int, ...]) -> None:
+    """Refuse hidden layers that are none, or without units.
+
+    Raises:
+        ValueError: naming what came.
+    """
+    if not hidden or min(hidden) < 1:
+        raise ValueError(f"hidden must hold at least one number of units, each at least 1, got {hidden}")
+
+
 @dataclass(frozen=True)
 class MLP:
     """Fully connected layers with tanh; data are flattened.
@@ -36,8 +46,7 @@ class MLP:
     hidden: tuple[int, ...] = (400,)
 
     def __post_init__(self) -> None:
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden must hold at least one number of units, each at least 1, got {self.hidden}")
+        check_hidden(self.hidden)
 
     def network(self, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
         """Flatten, then linear and tanh by turns."""
