@@ -13,15 +13,20 @@ from bbvi_conv.objectives import ELBO, Objective
 from bbvi_conv.objectives.objective import PATHWISE, STICKING
 from bbvi_conv.optim import Optimiser, ProximalSGD, Scales
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.structure import Leaf, random_sites
+from bbvi_conv.program.structure import Leaf, innermost, random_sites
 
 
 def is_scale(leaf: Leaf) -> bool:
     """Whether the leaf is itself a scale: the linear parameterisation."""
+    return isinstance(bare_constraint(leaf), LinearScale)
+
+
+def bare_constraint(leaf: Leaf) -> Any:
+    """The leaf's constraint inside ``independent`` and other wrappers."""
     constraint: Any = leaf.constraint
     while hasattr(constraint, "base_constraint"):
         constraint = constraint.base_constraint
-    return isinstance(constraint, LinearScale)
+    return constraint
 
 
 def scales_of(program: Program, entropy: float = 1.0) -> Scales:
@@ -108,12 +113,7 @@ def _log_q_gradient(program: Program, x: Tensor) -> Tensor:
     """Gradient of log q along its own draw, on the unconstrained space: point masses and their volumes left out."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        sites = [site for site in random_sites(program.drawn(x, *program.example())) if not _is_point(site["fn"])]
+        drawn = random_sites(program.drawn(x, *program.example()))
+        sites = [site for site in drawn if not isinstance(innermost(site["fn"]), Delta)]
         (grad,) = torch.autograd.grad(sum((site["log_prob_sum"] for site in sites), 0.0 * x.sum()), x)
     return grad
-
-
-def _is_point(distribution: Any) -> bool:
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return isinstance(distribution, Delta)

@@ -88,6 +88,16 @@ def load_programs(path: str, name: str | None, *, seed: int) -> tuple[Callable[.
             sys.modules[key] = before
 
 
+def load_module(spec: str) -> ModuleType:
+    """The file of ``FILE`` run as a module, for what it holds besides: closed forms, constants, other models.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file fails.
+    """
+    return _run(locate_model(spec)[0], 0)
+
+
 def locate_model(spec: str) -> tuple[Path, str | None]:
     """The absolute path and the NAME of ``FILE[:NAME]``, for a file or a shipped model; nothing is run.
 

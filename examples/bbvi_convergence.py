@@ -41,8 +41,7 @@ SIZES = {"quick": Size(1, 300, 1), "default": Size(3, 2000, 20)}
 
 
 def _measured(index: int, quick: bool, seeds: int, steps: int) -> dict[str, Any]:
-    """One row, in a process of its own: Pyro's handlers are not for threads."""
-    torch.set_num_threads(1)
+    """One row; rows side by side are in processes, for Pyro's handlers are not for threads."""
     return measure(table(quick=quick)[index], seeds, steps)
 
 
@@ -91,7 +90,8 @@ def _all(missing: list[int], quick: bool, size: Size, workers: int) -> Any:
     if workers == 1:
         yield from ((i, _measured(i, quick, size.seeds, size.steps)) for i in missing)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
         jobs = {pool.submit(_measured, i, quick, size.seeds, size.steps): i for i in missing}
         yield from ((jobs[job], job.result()) for job in as_completed(jobs))
 

@@ -11,18 +11,15 @@ given by --out: a PNG for each figure and results.json. https://arxiv.org/abs/18
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import numpy as np
@@ -34,7 +31,7 @@ from rainforth2018.laboratory import Moments, Plan, Setting, Single, measure, me
 from rainforth2018.training import Training, train
 from torch import Tensor
 
-from bbvi_conv.model_file import models_folder
+from bbvi_conv.model_file import load_module
 from bbvi_conv.monitor.intervals import Estimate
 from bbvi_conv.program.noise import generator
 
@@ -54,19 +51,7 @@ BARS = {
 """Slope that theory gives, and how far from it the measured one may lie."""
 
 
-def _load_model() -> ModuleType:
-    """The model file, by its path as the command line loads it."""
-    path = models_folder() / "tighter_bounds.py"
-    spec = importlib.util.spec_from_file_location("_tighter_bounds_model", path)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(f"the model file {path} is missing: install bbvi_conv again")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gaussian = _load_model()
+gaussian = load_module("tighter_bounds")
 
 
 @dataclass(frozen=True)

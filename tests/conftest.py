@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
+from bbvi_conv.model_file import load_module
 from bbvi_conv.program import Batch, Noise, Program
-
-MODELS = Path(__file__).parents[1] / "models"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,15 +24,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@cache
-def _load(name: str) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(MODELS / f"{name}.py")))
-
-
 @pytest.fixture(scope="session")
-def shipped() -> Callable[[str], SimpleNamespace]:
+def shipped() -> Callable[[str], ModuleType]:
     """``shipped("eight_schools")``: that model file as a module."""
-    return _load
+    return cache(load_module)
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import runpy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch.distributions import transform_to
 
 import bbvi_conv as bc
 from bbvi_conv.families import FullRank, MeanField
+from bbvi_conv.model_file import load_module
 from bbvi_conv.posterior import (
     draw,
     export,
@@ -39,15 +38,8 @@ from bbvi_conv.posterior.neutral import plan
 from bbvi_conv.program.build import build
 from bbvi_conv.program.program import Program
 
-MODELS = Path(__file__).parents[1] / "models"
-
-
-def load(name: str) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(MODELS / f"{name}.py")))
-
-
-conjugate = load("conjugate_gaussian")
-schools = load("eight_schools")
+conjugate = load_module("conjugate_gaussian")
+schools = load_module("eight_schools")
 
 
 def with_values(program: Program, values: dict[str, Tensor]) -> Tensor:

@@ -42,12 +42,9 @@ class AmortizedGuide(PyroModule):  # type: ignore[misc]
         with pyro.plate(frame.name, **size, dim=-1) as rows:
             law = self._law(x[rows] if subsampled else x)
             vector = pyro.sample("_AmortizedGuide_latent", law, infer={"is_auxiliary": True})
-            at = 0
-            for name, site in self._sites.items():
-                shape = self._shapes[name]
-                part = vector[..., at : at + shape.numel()]
-                at += shape.numel()
-                result[name] = put_site(name, site, part.reshape(*part.shape[:-1], *shape))
+            parts = torch.split(vector, [shape.numel() for shape in self._shapes.values()], -1)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True):
+                result[name] = put_site(name, self._sites[name], part.reshape(*part.shape[:-1], *shape))
         return result
 
     def _law(self, x: Tensor) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -58,6 +58,16 @@ def put_site(name: str, site: Any, free: Tensor) -> Tensor:
     return drawn
 
 
+@contextmanager
+def inside(site: Any, plates: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the plates that a site of the model lies in."""
+    with ExitStack() as stack:
+        for frame in site["cond_indep_stack"]:
+            if frame.vectorized:
+                stack.enter_context(plates[frame.name])
+        yield
+
+
 class SiteGuide(AutoNormal):  # type: ignore[misc]
     """One law per latent scalar on the unconstrained space."""
 
@@ -94,10 +104,7 @@ class SiteGuide(AutoNormal):  # type: ignore[misc]
         plates = self._create_plates(*args, **kwargs)
         result = {}
         for name, site in self.prototype_trace.iter_stochastic_nodes():
-            with ExitStack() as stack:
-                for frame in site["cond_indep_stack"]:
-                    if frame.vectorized:
-                        stack.enter_context(plates[frame.name])
+            with inside(site, plates):
                 loc, scale = self._get_loc_and_scale(name)
                 more = {key: attrgetter(f"{key}.{name}")(self.more) for key in self._more}
                 law = self.family.coordinates(loc, scale, **more)

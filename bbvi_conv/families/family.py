@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
 from torch import Size, Tensor, nn
 
 SCALAR = Size()
+LOG_2PI = math.log(2 * math.pi)
+
+
+def normals(shape: Size | tuple[int, ...], like: Tensor) -> Tensor:
+    """Standard normal noise of a tensor's type and device."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device).normal_()
+
+
+def log_normal(eps: Tensor, scale: Tensor) -> Tensor:
+    r""":math:`-\epsilon^2/2 - \log |s| - \log(2\pi)/2` of every coordinate, in nats: the density of
+    :math:`m + s \epsilon`."""
+    return -0.5 * (eps * eps + LOG_2PI) - scale.abs().log()
+
+
+def recalled(drawn: tuple[Tensor, Tensor] | None, value: Tensor) -> Tensor | None:
+    """What a law remembered beside its last draw, if ``value`` is that very draw."""
+    return drawn[1] if drawn is not None and value is drawn[0] else None
 
 
 class Parameter(NamedTuple):
@@ -38,27 +57,23 @@ class VectorLaw(dist.TorchDistribution, ABC):  # type: ignore[misc]
         super().__init__(shape[:-1], shape[-1:], validate_args=False)
 
     @abstractmethod
-    def draw(self, shape: Size, like: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, shape: Size) -> tuple[Tensor, Tensor]:
         """A draw ``shape`` (batch and event) and its log density, in nats."""
 
     @abstractmethod
     def density(self, value: Tensor) -> Tensor:
         """Log density at any value, in nats."""
 
-    @property
-    @abstractmethod
-    def like(self) -> Tensor:
-        """A tensor of the law's type and device."""
-
     def rsample(self, sample_shape: Size = SCALAR) -> Tensor:
         """Draw ``(*sample_shape, *batch, D)`` and remember its density."""
-        self._drawn = self.draw(self._extended_shape(sample_shape), self.like)
+        self._drawn = self.draw(self._extended_shape(sample_shape))
         return self._drawn[0]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """At the law's own draw from the noise, elsewhere by the path form."""
-        if self._drawn is not None and value is self._drawn[0]:
-            return self._drawn[1]
+        own = recalled(self._drawn, value)
+        if own is not None:
+            return own
         if not self.path_log_q:
             raise NotImplementedError(f"{type(self).__name__} has no density at values other than its own draws")
         return self.density(value)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from bbvi_conv.families.family import Parameter, VectorFamily, VectorLaw
-from bbvi_conv.families.mean_field import LOG_2PI
+from bbvi_conv.families.family import Parameter, VectorFamily, VectorLaw, log_normal, normals
 from bbvi_conv.families.scale_maps import Linear, ScaleMap, Softplus
 
 
@@ -30,25 +29,17 @@ class TrilNormal(VectorLaw):
         self.loc, self.scale, self.lower = loc, scale, lower
         super().__init__(loc.shape)
 
-    @property
-    def like(self) -> Tensor:
-        """The location."""
-        return self.loc
-
-    def draw(self, shape: Size, like: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, shape: Size) -> tuple[Tensor, Tensor]:
         """From standard normals."""
-        eps = torch.empty(shape, dtype=like.dtype, device=like.device).normal_()
+        eps = normals(shape, self.loc)
         value = self.loc + self.scale * eps + (self.lower * eps.unsqueeze(-2)).sum(-1)
-        return value, self._log_density(eps)
+        return value, log_normal(eps, self.scale).sum(-1)
 
     def density(self, value: Tensor) -> Tensor:
         """By a triangular solve."""
         factor = self.lower + torch.diag_embed(self.scale)
         eps = torch.linalg.solve_triangular(factor, (value - self.loc).unsqueeze(-1), upper=False).squeeze(-1)
-        return self._log_density(eps)
-
-    def _log_density(self, eps: Tensor) -> Tensor:
-        return -0.5 * (eps * eps + LOG_2PI).sum(-1) - self.scale.abs().log().sum(-1)
+        return log_normal(eps, self.scale).sum(-1)
 
 
 def strictly_lower(entries: Tensor, dim: int) -> Tensor:

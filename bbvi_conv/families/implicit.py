@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bbvi_conv.families.mean_field import LOG_2PI
+from bbvi_conv.families.family import log_normal
 
 
 def implicitly(value: Tensor, log_weights: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def implicitly(value: Tensor, log_weights: Tensor, loc: Tensor, scale: Tensor) -
     """
     z, scale = value.detach().unsqueeze(-2), scale.abs()
     y = (z - loc) / scale
-    log_n = -0.5 * (y * y + LOG_2PI) - scale.log()
+    log_n = log_normal(y, scale)
     before = log_n.cumsum(-1) - log_n
     r = torch.softmax(log_weights.unsqueeze(-1) + before, -2)
     phi = 0.5 * torch.erfc(-y / math.sqrt(2))

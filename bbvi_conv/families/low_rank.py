@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from bbvi_conv.families.family import Parameter, VectorFamily, VectorLaw
-from bbvi_conv.families.mean_field import LOG_2PI
+from bbvi_conv.families.family import Parameter, VectorFamily, VectorLaw, log_normal, normals
 from bbvi_conv.families.scale_maps import ScaleMap, Softplus
 
 
@@ -35,17 +34,9 @@ class LowRankNormal(VectorLaw):
         self.loc, self.scale, self.factor = loc, scale, factor
         super().__init__(loc.shape)
 
-    @property
-    def like(self) -> Tensor:
-        """The location."""
-        return self.loc
-
-    def draw(self, shape: Size, like: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, shape: Size) -> tuple[Tensor, Tensor]:
         """From D + r standard normals."""
-        few, many = (
-            torch.empty((*shape[:-1], n), dtype=like.dtype, device=like.device).normal_()
-            for n in (self.factor.shape[-1], shape[-1])
-        )
+        few, many = (normals((*shape[:-1], n), self.loc) for n in (self.factor.shape[-1], shape[-1]))
         y = many + (self.factor * few.unsqueeze(-2)).sum(-1)
         return self.loc + self.scale * y, self._log_density(y)
 
@@ -60,8 +51,8 @@ class LowRankNormal(VectorLaw):
         root = torch.linalg.cholesky_ex(eye + self.factor.mT @ self.factor).L
         seen = (self.factor * y.unsqueeze(-1)).sum(-2)
         inner = torch.linalg.solve_triangular(root, seen.unsqueeze(-1), upper=False).squeeze(-1)
-        volume = self.scale.abs().log().sum(-1) + root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        density: Tensor = -0.5 * ((y * y + LOG_2PI).sum(-1) - (inner * inner).sum(-1)) - volume
+        volume = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        density: Tensor = log_normal(y, self.scale).sum(-1) + 0.5 * (inner * inner).sum(-1) - volume
         return density
 
 

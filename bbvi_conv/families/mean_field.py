@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
 from torch import Size, Tensor
 
 from bbvi_conv.families.by_site import SiteGuide
-from bbvi_conv.families.family import SCALAR, Parameter, VectorFamily
+from bbvi_conv.families.family import SCALAR, Parameter, VectorFamily, log_normal, normals, recalled
 from bbvi_conv.families.scale_maps import ScaleMap, Softplus
-
-LOG_2PI = math.log(2 * math.pi)
 
 
 class DiagonalNormal(dist.Normal):  # type: ignore[misc]
@@ -28,17 +24,15 @@ class DiagonalNormal(dist.Normal):  # type: ignore[misc]
 
     def rsample(self, sample_shape: Size = SCALAR) -> Tensor:
         """Draw and remember the noise."""
-        eps = torch.empty(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device).normal_()
+        eps = normals(self._extended_shape(sample_shape), self.loc)
         value: Tensor = self.loc + self.scale * eps
         self._drawn = (value, eps)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
-        r""":math:`-\epsilon^2/2 - \log |s| - \log(2\pi)/2`, in nats."""
-        own = self._drawn is not None and value is self._drawn[0]
-        eps = self._drawn[1] if own and self._drawn is not None else (value - self.loc) / self.scale
-        density: Tensor = -0.5 * (eps * eps + LOG_2PI) - self.scale.abs().log()
-        return density
+        """In nats; at the law's own draw from the noise."""
+        eps = recalled(self._drawn, value)
+        return log_normal((value - self.loc) / self.scale if eps is None else eps, self.scale)
 
 
 @dataclass(frozen=True)

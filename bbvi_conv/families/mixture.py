@@ -42,19 +42,14 @@ class MixtureLaw(VectorLaw):
         self.stratum_weight: Tensor | None = None
         super().__init__(Size((*log_weights.shape[:-1], dim)))
 
-    @property
-    def like(self) -> Tensor:
-        """The log weights."""
-        return self.log_weights
-
-    def draw(self, shape: Size, like: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, shape: Size) -> tuple[Tensor, Tensor]:
         """One component's draw, and the density of all."""
-        value = self.pick(shape, like)
+        value = self.pick(shape)
         return value, self.density(value)
 
-    def pick(self, shape: Size, like: Tensor) -> Tensor:
+    def pick(self, shape: Size) -> Tensor:
         """Draw every component, and take the one that the uniform names."""
-        u = torch.rand(shape[:-1], dtype=like.dtype, device=like.device).unsqueeze(-1)
+        u = torch.rand(shape[:-1], dtype=self.log_weights.dtype, device=self.log_weights.device).unsqueeze(-1)
         every = self.components.rsample(shape[: len(shape) - 1 - len(self.batch_shape)])
         weights, count = self.log_weights.exp(), self.log_weights.shape[-1]
         by_cdf = (weights.detach().cumsum(-1)[..., :-1] <= u).sum(-1, keepdim=True)
@@ -85,14 +80,9 @@ class ImplicitMixtureLaw(VectorLaw):
         self.mixture, self.loc, self.scale = mixture, loc, scale
         super().__init__(Size((*mixture.batch_shape, *mixture.event_shape)))
 
-    @property
-    def like(self) -> Tensor:
-        """The locations."""
-        return self.loc
-
-    def draw(self, shape: Size, like: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, shape: Size) -> tuple[Tensor, Tensor]:
         """A draw of the mixture, with a gradient."""
-        value = implicitly(self.mixture.pick(shape, like), self.mixture.log_weights, self.loc, self.scale)
+        value = implicitly(self.mixture.pick(shape), self.mixture.log_weights, self.loc, self.scale)
         return value, self.density(value)
 
     def density(self, value: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -17,7 +16,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import biject_to
 
-from bbvi_conv.families.by_site import put_site, sample_site
+from bbvi_conv.families.by_site import inside, put_site, sample_site
 from bbvi_conv.families.family import VectorFamily
 from bbvi_conv.families.full_rank import FullRank
 from bbvi_conv.families.mean_field import DiagonalNormal
@@ -66,10 +65,7 @@ class StructuredGuide(AutoNormal):  # type: ignore[misc]
         for name, site in sites.items():
             if name in result:
                 continue
-            with ExitStack() as stack:
-                for frame in site["cond_indep_stack"]:
-                    if frame.vectorized:
-                        stack.enter_context(plates[frame.name])
+            with inside(site, plates):
                 loc, scale = self._get_loc_and_scale(name)
                 if moved is not None:
                     loc = loc + (attrgetter(name)(self.slopes) * moved).sum(-1)

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Size, Tensor
 
 from bbvi_conv.families.by_site import SiteGuide
-from bbvi_conv.families.family import SCALAR, Parameter, VectorFamily
+from bbvi_conv.families.family import SCALAR, Parameter, VectorFamily, recalled
 from bbvi_conv.families.scale_maps import ScaleMap, Softplus
 
 LEAST = 2.0
@@ -49,8 +49,8 @@ class DiagonalStudentT(dist.StudentT):  # type: ignore[misc]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """In nats; at the law's own draw from t."""
-        own = self._drawn is not None and value is self._drawn[0]
-        t = self._drawn[1] if own and self._drawn is not None else (value - self.loc) / self.scale
+        t = recalled(self._drawn, value)
+        t = (value - self.loc) / self.scale if t is None else t
         half = 0.5 * (self.df + 1)
         volume = 0.5 * (self.df * math.pi).log() + torch.lgamma(0.5 * self.df) - torch.lgamma(half)
         density: Tensor = -half * torch.log1p(t * t / self.df) - volume - self.scale.abs().log()

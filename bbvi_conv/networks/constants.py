@@ -115,7 +115,7 @@ def constants(network: nn.Module) -> Constants:
         return whole
     if type(network) in ACTIVATIONS:
         return ACTIVATIONS[type(network)](network)
-    if isinstance(network, _SHAPES) or getattr(network, "only_reshapes", False):
+    if isinstance(network, _SHAPES):
         return IDENTITY
     if isinstance(network, nn.Dropout) and not network.training:
         return IDENTITY

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class Encoder(Protocol):
@@ -20,6 +20,16 @@ class Encoder(Protocol):
             ValueError: if data of that shape cannot be taken.
         """
         ...
+
+
+def check_hidden(hidden: tuple[int, ...]) -> None:
+    """Refuse hidden layers that are none, or without units.
+
+    Raises:
+        ValueError: naming what came.
+    """
+    if not hidden or min(hidden) < 1:
+        raise ValueError(f"hidden must hold at least one number of units, each at least 1, got {hidden}")
 
 
 @dataclass(frozen=True)
@@ -36,14 +46,14 @@ class MLP:
     hidden: tuple[int, ...] = (400,)
 
     def __post_init__(self) -> None:
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden must hold at least one number of units, each at least 1, got {self.hidden}")
+        check_hidden(self.hidden)
 
     def network(self, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
         """Flatten, then linear and tanh by turns."""
         sizes = (math.prod(shape), *self.hidden)
         layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.Tanh())]
-        return nn.Sequential(_Flat(len(shape)), *layers), self.hidden[-1]
+        flat = nn.Flatten(-len(shape)) if shape else nn.Unflatten(-1, (-1, 1))  # a datum may be a single number
+        return nn.Sequential(flat, *layers), self.hidden[-1]
 
 
 @dataclass(frozen=True)
@@ -77,33 +87,8 @@ class Conv:
         sizes = (first, *self.channels)
         layers = [layer for i, o in pairwise(sizes) for layer in (nn.Conv2d(i, o, 4, stride=2, padding=1), nn.SiLU())]
         last = nn.Linear(self.channels[-1] * height * width, self.hidden)
-        return nn.Sequential(_Channels(len(shape)), *layers, nn.Flatten(), last, nn.SiLU()), self.hidden
-
-
-class _Flat(nn.Module):
-    """``(B, *shape)`` to ``(B, numel)``, a scalar datum included."""
-
-    only_reshapes = True
-
-    def __init__(self, dims: int) -> None:
-        super().__init__()
-        self.dims = dims
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(-self.dims) if self.dims else x.unsqueeze(-1)
-
-
-class _Channels(nn.Module):
-    """``(B, H, W)`` to ``(B, 1, H, W)``."""
-
-    only_reshapes = True
-
-    def __init__(self, dims: int) -> None:
-        super().__init__()
-        self.dims = dims
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self.dims == 3 else x.unsqueeze(-3)
+        channel = nn.Identity() if len(shape) == 3 else nn.Unflatten(-2, (1, shape[0]))
+        return nn.Sequential(channel, *layers, nn.Flatten(), last, nn.SiLU()), self.hidden
 
 
 ENCODERS = {"mlp": MLP, "conv": Conv}

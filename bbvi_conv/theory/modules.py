@@ -9,9 +9,9 @@ from typing import NamedTuple
 from pyro.infer.autoguide import AutoGuide
 from torch import nn
 
-from bbvi_conv.networks.constants import constants, kinks
+from bbvi_conv.networks.constants import Constants, constants, kinks
 from bbvi_conv.program.program import Program
-from bbvi_conv.theory.condition import Condition
+from bbvi_conv.theory.condition import Condition, Status
 
 
 class Network(NamedTuple):
@@ -49,37 +49,25 @@ def layers(program: Program) -> int:
 def conditions(program: Program, theorem: str) -> Iterator[Condition]:
     """Smooth activations, Lipschitz constants and bounded outputs, network by network."""
     for network in networks(program):
-        said, rough = constants(network.module), kinks(network.module)
-        if rough:
-            yield Condition(
-                theorem,
-                "smooth activations",
-                "fails",
-                network.name,
-                f"the derivative of {', '.join(rough)} jumps; use Tanh, Softplus, GELU or another smooth one",
-            )
-        elif math.isnan(said.smoothness):
-            yield Condition(theorem, "smooth activations", "unknown", network.name, said.why)
-        else:
-            yield Condition(
-                theorem,
-                "smooth activations",
-                "holds",
-                network.name,
-                f"Lipschitz with constant {said.lipschitz:.3g}, its derivative with {said.smoothness:.3g}, at the "
-                "weights as they stand",
-            )
-        if said.bounded:
-            yield Condition(
-                theorem, "bounded outputs", "holds", network.name, f"outputs lie in [{said.low:g}, {said.high:g}]"
-            )
-        elif math.isnan(said.low) or math.isnan(said.high):
-            yield Condition(theorem, "bounded outputs", "unknown", network.name, said.why)
-        else:
-            yield Condition(
-                theorem,
-                "bounded outputs",
-                "fails",
-                network.name,
-                "the last layer has no bounded range; end with bc.SoftClipping(low, high), or use bc.bounded_mlp",
-            )
+        said = constants(network.module)
+        yield Condition(theorem, "smooth activations", *_smooth(network, said))
+        yield Condition(theorem, "bounded outputs", *_bounded(network, said))
+
+
+def _smooth(network: Network, said: Constants) -> tuple[Status, str, str]:
+    if rough := kinks(network.module):
+        why = f"the derivative of {', '.join(rough)} jumps; use Tanh, Softplus, GELU or another smooth one"
+        return "fails", network.name, why
+    if math.isnan(said.smoothness):
+        return "unknown", network.name, said.why
+    both = f"Lipschitz with constant {said.lipschitz:.3g}, its derivative with {said.smoothness:.3g}"
+    return "holds", network.name, f"{both}, at the weights as they stand"
+
+
+def _bounded(network: Network, said: Constants) -> tuple[Status, str, str]:
+    if said.bounded:
+        return "holds", network.name, f"outputs lie in [{said.low:g}, {said.high:g}]"
+    if math.isnan(said.low) or math.isnan(said.high):
+        return "unknown", network.name, said.why
+    why = "the last layer has no bounded range; end with bc.SoftClipping(low, high), or use bc.bounded_mlp"
+    return "fails", network.name, why

@@ -10,12 +10,12 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from bbvi_conv.binding import is_scale
+from bbvi_conv.binding import bare_constraint, is_scale
 from bbvi_conv.families.scale_maps import SoftClippedScale
 from bbvi_conv.networks.constants import constants
 from bbvi_conv.optim import Optimiser, Projected, ProximalSGD, ScaleFloor
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.structure import Leaf, random_sites
+from bbvi_conv.program.structure import Leaf, innermost, random_sites
 from bbvi_conv.theory.condition import Condition
 from bbvi_conv.theory.modules import networks
 from bbvi_conv.theory.steps import radius
@@ -36,17 +36,11 @@ def conditions(program: Program, optimiser: Optimiser, x: Tensor, theorem: str) 
 
 def _is_scale(leaf: Leaf) -> bool:
     kinds = (SoftClippedScale, type(constraints.positive), type(constraints.softplus_positive))
-    return is_scale(leaf) or isinstance(_bare(leaf.constraint), kinds)
-
-
-def _bare(constraint: Any) -> Any:
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
-    return constraint
+    return is_scale(leaf) or isinstance(bare_constraint(leaf), kinds)
 
 
 def _of_leaf(leaf: Leaf, least: float, optimiser: Optimiser, theorem: str) -> Condition:
-    constraint, now = _bare(leaf.constraint), f"the smallest is {least:.3g} now"
+    constraint, now = bare_constraint(leaf), f"the smallest is {least:.3g} now"
     if is_scale(leaf):
         if isinstance(optimiser, Projected) and isinstance(optimiser.onto, ScaleFloor):
             why = f"projected onto scales of at least {optimiser.onto.floor:g}; {now}"
@@ -85,7 +79,5 @@ def _of_networks(program: Program, modules: list[nn.Module], x: Tensor, theorem:
 
 
 def _least_scale(distribution: Any) -> float:
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    scale = getattr(distribution, "scale", None)
+    scale = getattr(innermost(distribution), "scale", None)
     return float(scale.abs().min()) if isinstance(scale, Tensor) else math.inf

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bbvi_conv.model_file import models_folder
+from bbvi_conv.model_file import load_module
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 
@@ -22,17 +20,7 @@ NODES = 80
 """Of the Gauss-Hermite rule: exact for the quadratic, to rounding for the logistic likelihood at these variances."""
 
 
-@cache
-def load(name: str) -> ModuleType:
-    """A shipped model file, by its path."""
-    path = models_folder() / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"_bbvi_theory_{name}", path)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(f"the model file {path} is missing: install bbvi_conv again")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+load = cache(load_module)
 
 
 class Gaussian:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 import bbvi_conv as bc
-from bbvi_conv.binding import scales_of
+from bbvi_conv.binding import bind, scales_of
+from bbvi_conv.engine import Stream, make_engine, start_carry
 from bbvi_conv.families import Linear, MeanField
-from bbvi_conv.monitor.strata import Strata
 from bbvi_conv.program.noise import generator
-from bbvi_conv.run import FitState
 
 DIM, START, JUMP, STEPS = 5, 0.01, 10.0, 60
 """Dimensions; scale at the start; standard deviations that count as a jump; steps of a run."""
@@ -61,27 +60,16 @@ def _run(seed: int, name: str) -> dict[str, bool]:
     def model() -> None:
         pyro.sample("z", dist.Normal(mean, spread).to_event(1))
 
-    path: list[Tensor] = []
-
-    def keep(state: FitState) -> None:
-        path.append(state.carry.x.clone())
-
-    fit = bc.fit(
-        model,
-        family=MeanField(floor if name == "proj-SGD" else START, Linear()),
-        optimiser=optimisers[name],
-        objective=bc.ELBO(10),
-        average="last",
-        max_steps=STEPS,
-        window=STEPS,
-        strata=Strata(1, 0.0),
-        num_gradients=4,
-        khat_draws=100,
-        seed=seed,
-        progress=False,
-        on_look=keep,
-    )
+    program = bc.build(model, family=MeanField(floor if name == "proj-SGD" else START, Linear()), seed=seed)
+    objective = bc.ELBO(10)
+    rule = bind(optimisers[name], program, objective, 1.0)
+    engine, stream = make_engine("traced", program, objective, rule), Stream(program, seed, "optimise", objective.draws)
+    carry = start_carry(rule, program.initial())
+    path = [carry.x]
+    for n in range(STEPS):
+        carry, _ = engine.advance(carry, stream, n, 1)
+        path.append(carry.x)
     iterates = torch.stack(path)
     moves = (iterates[1:] - iterates[:-1]).abs() / torch.cat([spread, spread])
-    scales = scales_of(fit.program).of(iterates)
+    scales = scales_of(program).of(iterates)
     return {"nonpositive": bool((scales <= 0).any()), "jump": bool((moves > JUMP).any())}

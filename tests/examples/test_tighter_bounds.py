@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from bbvi_conv.engine import Calculus
+from bbvi_conv.model_file import load_module
 from bbvi_conv.objectives import IWAE, MIWAE, PIWAE, VRIWAE, Objective
 from bbvi_conv.program.build import build
 from bbvi_conv.program.noise import Noise
@@ -24,19 +23,8 @@ ROOT = Path(__file__).parents[2]
 SIZE, DIM, VARIANCE = 5, 3, 2 / 3
 
 
-def load(path: Path) -> ModuleType:
-    """A file by its path, so that neither ``models`` nor ``examples`` becomes a package."""
-    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gradients = load(ROOT / "examples" / "rainforth2018" / "gradients.py")
-gaussian = load(ROOT / "models" / "tighter_bounds.py")
+gradients = load_module(str(ROOT / "examples" / "rainforth2018" / "gradients.py"))
+gaussian = load_module("tighter_bounds")
 
 
 def normal_log_density(value: Tensor, mean: Tensor, variance: float) -> Tensor:

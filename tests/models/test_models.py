@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,15 +18,12 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from scipy import integrate, optimize, stats
 
+from bbvi_conv.model_file import load_module as load
+
 MODELS = Path(__file__).parents[2] / "models"
 needs_data = pytest.mark.skipif(
     "BBVI_CONV_DATA" not in os.environ, reason="BBVI_CONV_DATA names no folder of real data"
 )
-
-
-def load(name: str) -> SimpleNamespace:
-    """Run a model file, as the command line does: by its path, and never as ``models.NAME``."""
-    return SimpleNamespace(**runpy.run_path(str(MODELS / f"{name}.py")))
 
 
 @contextlib.contextmanager

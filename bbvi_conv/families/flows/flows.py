@@ -14,6 +14,7 @@ from bbvi_conv.families.flows.elementwise import Affine, Elementwise, Spline
 from bbvi_conv.families.flows.law import Flow
 from bbvi_conv.families.flows.layer import Layer, Wrapped
 from bbvi_conv.families.flows.sylvester import Sylvester as SylvesterLayer
+from bbvi_conv.networks.encoders import check_hidden
 
 
 def changed_by(dim: int, index: int) -> list[int]:
@@ -30,11 +31,6 @@ def changed_by(dim: int, index: int) -> list[int]:
 def coupling(dim: int, index: int, elementwise: Elementwise, hidden: tuple[int, ...]) -> Layer:
     """One coupling; in one dimension it depends on nothing."""
     return Coupling(dim, changed_by(dim, index), elementwise, hidden)
-
-
-def _check_hidden(hidden: tuple[int, ...]) -> None:
-    if not hidden or min(hidden) < 1:
-        raise ValueError(f"hidden must hold at least one number of units, each at least 1, got {hidden}")
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ class _Networked(Flow):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_hidden(self.hidden)
+        check_hidden(self.hidden)
 
 
 @dataclass(frozen=True)

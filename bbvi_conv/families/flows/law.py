@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from bbvi_conv.families.family import Parameter, VectorFamily, VectorLaw
+from bbvi_conv.families.family import Parameter, VectorFamily, VectorLaw, log_normal, normals
 from bbvi_conv.families.flows.layer import Layer
-from bbvi_conv.families.mean_field import LOG_2PI
 from bbvi_conv.families.scale_maps import Softplus
 
 
@@ -28,15 +27,10 @@ class FlowLaw(VectorLaw):
         self.path_log_q = all(layer.has_inverse for layer in layers)
         super().__init__(loc.shape)
 
-    @property
-    def like(self) -> Tensor:
-        """The location."""
-        return self.loc
-
-    def draw(self, shape: Size, like: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, shape: Size) -> tuple[Tensor, Tensor]:
         """Through the layers."""
-        eps = torch.empty(shape, dtype=like.dtype, device=like.device).normal_()
-        x, log_q = eps, self._base(eps)
+        x = normals(shape, self.loc)
+        log_q = log_normal(x, self.scale).sum(-1)
         for layer in self.layers:
             x, log_det = layer(x)
             log_q = log_q - log_det
@@ -49,10 +43,7 @@ class FlowLaw(VectorLaw):
         for layer in reversed(self.layers):
             x, log_det = layer.inverse(x)
             volume = volume + log_det
-        return self._base(x) - volume
-
-    def _base(self, eps: Tensor) -> Tensor:
-        return -0.5 * (eps * eps + LOG_2PI).sum(-1) - self.scale.log().sum(-1)
+        return log_normal(x, self.scale).sum(-1) - volume
 
 
 @dataclass(frozen=True)

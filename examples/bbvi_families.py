@@ -1,6 +1,6 @@
 """KL(q || p) in nats of every family on targets of known density, all given the same wall clock.
 
-    python examples/bbvi_theory/kl.py --seconds 60 --seeds 10 --out runs/kl
+    python examples/bbvi_families.py --seconds 60 --seeds 10 --out runs/kl
 
 The evidence of a target is one, so KL(q || p) is the mean of log q - log p over draws of q. A family's number of steps
 is what its own time per step, measured first, affords; the step size falls by a cosine over exactly these steps.
@@ -8,7 +8,6 @@ is what its own time per step, measured first, affords; the step size falls by a
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -21,9 +20,9 @@ import typer
 
 import bbvi_conv as bc
 from bbvi_conv.engine import Stream, make_engine, start_carry
+from bbvi_conv.model_file import load_module
 from bbvi_conv.posterior import draw
 
-MODELS = Path(__file__).parents[2] / "models"
 TARGETS = ("banana", "funnel", "two_modes")
 FAMILIES: dict[str, tuple[Any, float]] = {
     "full-rank": (bc.FullRank(1.0), 0.05),
@@ -46,16 +45,6 @@ class Result(NamedTuple):
     error: float
     steps: int
     left: float
-
-
-def target(name: str) -> ModuleType:
-    """A shipped model, by its path."""
-    spec = importlib.util.spec_from_file_location(f"target_{name}", MODELS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def affordable(module: ModuleType, family: Any, seconds: float, *, engine: str = "auto") -> int:
@@ -95,7 +84,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for name in targets:
-        module = target(name)
+        module = load_module(name)
         for label in families:
             family, size = FAMILIES[label]
             steps = affordable(module, family, seconds)
