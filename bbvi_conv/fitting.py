@@ -494,8 +494,8 @@ def load(
         device=_device(plan.settings.device),
         seed=plan.settings.seed,
     )
-    run = Run(program, plan.settings, None if held_out is None else program.with_data(held_out))
-    run.engine.reason = plan.engine_reason or run.engine.reason
+    judged = None if held_out is None else program.with_data(held_out)
+    run = Run(program, plan.settings, judged, engine_reason=plan.engine_reason)
     state = archive.state()
     if state is None:
         made_from = plan.model, plan.guide, plan.args, plan.kwargs, plan.source
