@@ -408,8 +408,8 @@ def load(
     archive = Archive.open(directory)
     plan = archive.plan(model, guide, args, kwargs, settings)
     program = plan.recipe.program(plan.settings)
-    run = Run(program, plan.settings, None if held_out is None else program.with_data(held_out))
-    run.engine.reason = plan.engine_reason or run.engine.reason
+    judged = None if held_out is None else program.with_data(held_out)
+    run = Run(program, plan.settings, judged, engine_reason=plan.engine_reason)
     state = archive.state()
     if state is None:
         state = run.start(*starts(program, plan.settings, plan.recipe))

@@ -13,8 +13,9 @@ from bbvi_conv.monitor.intervals import Estimate, student_quantile
 from bbvi_conv.monitor.rate import envelope, envelope_constant, rates
 from bbvi_conv.monitor.seeds import common, expected_norm, mean_series
 from bbvi_conv.monitor.series import Array, Series
-from bbvi_conv.monitor.state import GROUPS, MonitorState, series
+from bbvi_conv.monitor.state import MonitorState, series
 from bbvi_conv.monitor.strata import running_mean, running_means
+from bbvi_conv.program.program import GROUPS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

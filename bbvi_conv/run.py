@@ -191,7 +191,8 @@ class Run:
     """A program under its settings: moves a :class:`FitState` forward. One look per stratum, one check per window.
 
     Several seeds go side by side. Each is the run that it would be alone, with its own start, noise, checks and end;
-    only the steps looked at are those drawn for the first seed, so that one evaluation serves all.
+    only the steps looked at are those drawn for the first seed, so that one evaluation serves all. ``engine_reason``
+    says why the engine named in the settings was chosen, where that was done earlier.
     """
 
     def __init__(
@@ -200,8 +201,10 @@ class Run:
         settings: Settings,
         held_out: Program | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        engine_reason: str | None = None,
     ) -> None:
         self.program, self.settings, self.clock = program, settings, clock
+        self._engine_reason = engine_reason or "asked for"
         start = clock()
         self.normaliser = float(program.total) if program.minibatch and settings.normalise == "datum" else 1.0
         self.schedule, self.held_out = settings.bound(), held_out
@@ -242,6 +245,7 @@ class Run:
                 normaliser=self.normaliser,
                 num_seeds=settings.num_seeds,
                 steps=min(self.schedule.next_change(step) or settings.max_steps, settings.max_steps) - step,
+                reason=self._engine_reason,
             )
             judge = Judge(
                 engine.calculus,

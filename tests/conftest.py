@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from torch import Tensor
+from torch import Tensor, nn
 
 from bbvi_conv.model_file import load_module
 from bbvi_conv.program import Batch, Noise, Program
+from bbvi_conv.program.trace import TracedLogWeights
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,6 +50,36 @@ def moved() -> Callable[..., Tensor]:
     def make(program: Program, by: float = 0.1, seed: int = 1) -> Tensor:
         x = program.initial()
         return x + by * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def traced(program: Program) -> TracedLogWeights:
+    """The graphs of the module's ``program``."""
+    return TracedLogWeights(program)
+
+
+@pytest.fixture(scope="session")
+def coder() -> Callable[..., tuple[Callable[[Tensor], None], Callable[[Tensor], None]]]:
+    """``coder(encoder, decoder, latents=2)``: model and guide of a VAE whose data are normal around the decoder."""
+
+    def make(
+        encoder: nn.Module, decoder: nn.Module, latents: int = 2
+    ) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
+        def model(x: Tensor) -> None:
+            pyro.module("decoder", decoder)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([latents]).to_event(1))
+                pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+        def guide(x: Tensor) -> None:
+            pyro.module("encoder", encoder)
+            with pyro.plate("data", len(x)):
+                loc, log_scale = encoder(x).chunk(2, -1)
+                pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+        return model, guide
 
     return make
 

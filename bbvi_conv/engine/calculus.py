@@ -81,6 +81,14 @@ class Calculus:
         self.particles = over_draws(log_weights, (False, False, False, True, False), vectorise=self._many)
         self._graphs: dict[str, Callable[..., Any]] = {}
 
+    @classmethod
+    def of(cls, program: Program, objective: Objective, normaliser: float) -> Calculus:
+        """With traced graphs where the program allows it, else by Pyro's handlers."""
+        try:
+            return cls(program, objective, TracedLogWeights(program), normaliser)
+        except Untraceable:
+            return cls(program, objective, program.log_weights, normaliser)
+
     @property
     def _many(self) -> bool:
         return self.vectorise and self.runs > 1

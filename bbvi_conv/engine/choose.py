@@ -35,21 +35,20 @@ def make_engine(
     normaliser: float = 1.0,
     num_seeds: int = 1,
     steps: float = math.inf,
+    reason: str = "asked for",
 ) -> Engine:
     """The engine of that name, for one seed or several at once.
 
     ``"auto"`` traces where the program allows it, and compiles where the remaining ``steps`` repay it or an earlier
     process has done so; where compiling fails it warns once and runs the traced steps. On a CUDA device it replays
-    captured steps.
+    captured steps. An engine asked for by its name gives ``reason``.
 
     Raises:
         ValueError: unknown name; ``"traced"`` or ``"compiled"`` for a program that cannot be (with the reason), or an
-            engine of the other device; several
-            seeds of a program whose buffers change.
+            engine of the other device; several seeds of a program whose buffers change.
     """
     if name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; choose one of {', '.join(ENGINES)}")
-    reason = "asked for"
     if name != "eager":
         try:
             calculus = Calculus(program, objective, TracedLogWeights(program), normaliser)
@@ -64,18 +63,18 @@ def make_engine(
 
 
 def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
-    """The compiled engine, or for ``"auto"`` the traced one with the reason."""
+    """The engine over a traced one: for ``"auto"`` the one that pays, with the reason."""
     nodes = len(traced.graph.graph.nodes)
     device = traced.calculus.program.device
     if (device.type == "cuda") != (name == "cuda-graph") and name != "auto":
         raise ValueError(f'engine="{name}" does not run on {device}; use engine="auto"')
     if device.type == "cuda":
-        return CudaGraphEngine(traced, "asked for" if name != "auto" else "captured steps keep the device busy")
+        return CudaGraphEngine(traced, traced.reason if name != "auto" else "captured steps keep the device busy")
     if name == "auto" and nodes > MOST_NODES:
         traced.reason = f"a step has {nodes:,} operations, too many to compile: write loops with bc.scan"
         return traced
     try:
-        engine = CompiledEngine(traced, "asked for")
+        engine = CompiledEngine(traced, traced.reason)
         found = engine.cached
         cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * nodes
         if name == "auto" and not found and steps * STEP_SECONDS_PER_NODE * nodes < cost:
@@ -85,7 +84,7 @@ def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
     except (CannotCompile, NoCompiler) as error:
         if name == "compiled":
             raise ValueError(f'the program cannot be compiled: {error}; use engine="traced" or "auto"') from error
-        warnings.warn(f"steps run uncompiled, a hundred times slower: {error}", stacklevel=3)
+        warnings.warn(f"steps run uncompiled: {error}", stacklevel=3)
         traced.reason = f"the program traces, but cannot be compiled: {error}"
         return traced
     if name == "auto":

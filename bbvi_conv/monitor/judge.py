@@ -17,7 +17,7 @@ from bbvi_conv.monitor.distance import DENSE, PRODUCTS, half_norm, half_norm_by_
 from bbvi_conv.monitor.gradient_norm import gram_matrix
 from bbvi_conv.monitor.intervals import Estimate, unavailable
 from bbvi_conv.objectives.objective import Objective
-from bbvi_conv.program.program import GROUPS, Program
+from bbvi_conv.program.program import Program
 from bbvi_conv.program.trace import Untraceable
 
 FIRST_DRAWS, MOST_DRAWS = 256, 4096
@@ -126,8 +126,7 @@ def _with_objective(calculus: Calculus, objective: Objective) -> Calculus:
 
 def grams_by_group(program: Program, gradients: Tensor) -> dict[str, Tensor]:
     """Gram matrix ``(J, J)`` of gradients ``(J, P)`` for every group that has parameters."""
-    groups = program.groups
-    return {g: gram_matrix(gradients[:, groups[g]]) for g in GROUPS if groups[g].stop > groups[g].start}
+    return {group: gram_matrix(gradients[:, part]) for group, part in program.present_groups.items()}
 
 
 class Judge:
@@ -193,8 +192,7 @@ class Judge:
     def _traces(self, gradients: Tensor) -> dict[str, float]:
         """Trace of the covariance of one gradient, per group."""
         spread = gradients.to(torch.float64).var(0)
-        groups = self.calculus.program.groups
-        return {g: float(spread[groups[g]].sum()) for g in GROUPS if groups[g].stop > groups[g].start}
+        return {group: float(spread[part].sum()) for group, part in self.calculus.program.present_groups.items()}
 
     def compare(self, points: Sequence[Tensor]) -> Tensor:
         """Losses ``(S, n)`` of S points in total nats, on the same noise and rows, which no check has seen."""

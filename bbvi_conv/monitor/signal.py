@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from bbvi_conv.engine.calculus import Calculus
-from bbvi_conv.engine.streams import Feed, Stream
+from bbvi_conv.engine.streams import Stream, feed_of_all
 from bbvi_conv.monitor.gradient_norm import gram_matrix, squared_norm
 from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
 from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
 from bbvi_conv.program.build import build
 from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.minibatch import Minibatch
-from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.trace import TracedLogWeights, Untraceable
 
 BLOCKS = 20
 """Blocks of draws: intervals come from their spread."""
@@ -152,10 +150,7 @@ def signal_to_noise(
     if objective.analytic_kl:
         program.analytic = closed_form_sites(program)
     scale = float(program.total) if minibatch is not None and normalise == "datum" else 1.0
-    try:
-        calculus = Calculus(program, objective, TracedLogWeights(program), scale)
-    except Untraceable:
-        calculus = Calculus(program, objective, program.log_weights, scale)
+    calculus = Calculus.of(program, objective, scale)
     x = _flat(program, at, program.initial())
     target = None if reference is None else _flat(program, reference, torch.full_like(x, math.nan)).to(torch.float64)
     return measure(calculus, x, num_estimates, seed, target)
@@ -165,8 +160,7 @@ def measure(calculus: Calculus, x: Tensor, num_estimates: int, seed: int, target
     """The figures at flat parameters ``x``, from draws of the stream ``"signal"``."""
     program = calculus.program
     blocks = [no_moments(len(x)) for _ in range(BLOCKS)]
-    slices = {name: part for name, part in program.groups.items() if part.stop > part.start}
-    slices["total"] = slice(0, len(x))
+    slices = {**program.present_groups, "total": slice(0, len(x))}
     ratios: dict[str, list[Tensor]] = {name: [] for name in slices}
     direction: Tensor | None = None
     for block, gradients in _gradients(calculus, x, num_estimates, seed):
@@ -198,13 +192,7 @@ def _gradients(calculus: Calculus, x: Tensor, count: int, seed: int) -> Iterator
         start, stop = block * count // BLOCKS, (block + 1) * count // BLOCKS
         for first in range(start, stop, piece):
             feeds = [stream.once(key, 1) for key in range(first, min(first + piece, stop))]
-            yield block, calculus.gradients(x, _joined_feeds(feeds))[0]
-
-
-def _joined_feeds(feeds: list[Feed]) -> Feed:
-    noise = Noise(*(torch.cat(part) for part in zip(*(feed.noise for feed in feeds), strict=True)))
-    rows = [feed.rows for feed in feeds if feed.rows is not None]
-    return Feed(noise, torch.cat(rows) if rows else None)
+            yield block, calculus.gradients(x, feed_of_all(feeds))[0]
 
 
 def _joined(blocks: list[Moments]) -> Moments:

@@ -21,8 +21,8 @@ from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
 from bbvi_conv.monitor.rate import Rate, rates
 from bbvi_conv.monitor.series import Array, Series
 from bbvi_conv.monitor.strata import running_mean
+from bbvi_conv.program.program import GROUPS
 
-GROUPS = ("theta", "phi", "shared")
 FIGURES = (*GROUPS, "total")
 LATEST = 5
 """Looks that :func:`signal_to_noise` pools."""

@@ -18,7 +18,6 @@ from bbvi_conv.objectives import ELBO, Objective
 from bbvi_conv.program.build import build
 from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.noise import generator
-from bbvi_conv.program.trace import TracedLogWeights, Untraceable
 
 
 class GradientMonitor:
@@ -120,11 +119,8 @@ class GradientMonitor:
         program = build(self.model, self.guide, args, kwargs, dtype=_dtype(), loop=True)
         if self.objective.analytic_kl:
             program.analytic = closed_form_sites(program)
-        try:
-            traced = Calculus(program, self.objective, TracedLogWeights(program), 1.0)
-        except Untraceable:
-            traced = Calculus(program, self.objective, program.log_weights, 1.0)
-        self._calculus, self._prepared_for = quietest(traced)[0], (args, _copied(kwargs))
+        self._calculus = quietest(Calculus.of(program, self.objective, 1.0))[0]
+        self._prepared_for = args, _copied(kwargs)
         return self._calculus
 
     def _is_current(self, calculus: Calculus, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ class _KDraws(Objective):
 
     @property
     def linear(self) -> bool:
-        """Only with one draw."""
+        """Only with one draw a bound."""
         return self.num_particles == 1
 
     def quietest(self) -> Self:
@@ -128,7 +128,7 @@ class VRIWAE(_KDraws):
 
 
 @dataclass(frozen=True)
-class MIWAE(Objective):
+class MIWAE(_KDraws):
     r"""Mean of M independent importance-weighted bounds of K draws each (Rainforth's, not the missing-data one).
 
     .. math:: L_{M, K} = \sum_u E \tfrac1M \sum_m \log \tfrac1K \sum_k w_{umk}
@@ -156,19 +156,13 @@ class MIWAE(Objective):
     estimator: str = PATHWISE
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("num_groups", self.num_groups)
-        check_count("num_particles", self.num_particles)
-        check_estimator(self.estimator, (PATHWISE, DOUBLY))
 
     @property
     def draws(self) -> int:
         """M K."""
         return self.num_groups * self.num_particles
-
-    @property
-    def linear(self) -> bool:
-        """Only with one draw a group."""
-        return self.num_particles == 1
 
     def _groups(self, log_w: Tensor) -> Tensor:
         """``(M K, U)`` to ``(K, M, U)``."""
@@ -182,10 +176,6 @@ class MIWAE(Objective):
         """v / M and v squared / M, v normalised within groups."""
         v = tempered(self._groups(log_w), 0.0).transpose(0, 1).reshape(log_w.shape)
         return v / self.num_groups, v * v / self.num_groups
-
-    def quietest(self) -> MIWAE:
-        """Doubly reparameterised."""
-        return replace(self, estimator=DOUBLY)
 
     def single(self) -> MIWAE:
         """One group: the same gradient in expectation."""

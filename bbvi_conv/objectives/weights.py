@@ -18,8 +18,8 @@ DUST = 40.0
 def without_dust(log_w: Tensor) -> Tensor:
     """Log-weights with those that no float64 sum can see at minus infinity, ``(K, U)``.
 
-    Their normalised weights are then zero, not subnormal: a processor multiplies subnormal numbers a hundred times
-    slower, and a K-sample bound far from the posterior is full of them.
+    Their normalised weights are then zero, not subnormal: processors are slow at subnormal
+    numbers, and a K-sample bound far from the posterior is full of them.
     """
     return log_w.masked_fill(log_w < log_w.detach().amax(0) - DUST, -math.inf)
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -141,35 +141,63 @@ def _build(
         store = pyro.get_param_store().get_state() if loop else {"params": {}, "constraints": {}}
         return _eager_pass(model, made, args, kwargs, minibatch, rows, dtype, seed, store)
 
-    batched: tuple[int, ...] = ()
-    total, by_index = 1, False
-    batch = Batch()
-    if minibatch is None:
-        eager = attempt(args)
-        batched = tuple(i for i, a in enumerate(args) if isinstance(a, Tensor)) if loop else ()
-        batch = Batch(tuple(args[i] for i in batched))
-    else:
-        total = _rows(args, minibatch)
-        eager, by_index = _with_minibatch(attempt, args, minibatch, total)
-        rows = torch.arange(minibatch.size)
-        if by_index:
-            batch = Batch(indices=rows)
-        else:
-            batched = tuple(i for i, a in enumerate(args) if _is_row_tensor(a, total))
-            batch = Batch(tuple(args[i][rows] for i in batched))
-        _check_local_latents(eager, minibatch, by_index)
-    own_rows = _own_rows(eager, minibatch)
+    fed = _fed(attempt, args, minibatch, loop)
+    own_rows = _own_rows(fed.eager, minibatch)
     if own_rows and not loop:
-        plate, fn = own_rows[0], _plate(eager, own_rows[0])
+        plate, fn = own_rows[0], _plate(fed.eager, own_rows[0])
         raise ValueError(
             f"plate {plate!r} subsamples {fn.subsample_size} of {fn.size} rows; "
             f'pass minibatch=Minibatch({fn.subsample_size}, plate="{plate}")'
         )
-    _warn_of_constants(eager)
-    obstacles = [f"random operation {name!r} is not on the noise tape" for name in sorted(eager.tape.untaped)]
-    obstacles += [f"buffer {name!r} changes as the program runs" for name in changed_buffers(eager.modules)]
-    obstacles += _custom_functions(eager)
-    untaped, used = bool(eager.tape.untaped), eager.tape.used
+    _warn_of_constants(fed.eager)
+    program = _program(model, args, kwargs, fed, minibatch, dtype, own_rows)
+    restore_buffers(fed.eager.modules)
+    return program
+
+
+class _Fed(NamedTuple):
+    """How data reach the model, and the pass that told.
+
+    Attributes:
+        eager: the pass.
+        batch: what one run is given.
+        batched: positions of the arguments that a batch replaces.
+        total: N, rows of the data, where a plate is subsampled.
+        by_index: whether the model takes row indices.
+    """
+
+    eager: _Pass
+    batch: Batch
+    batched: tuple[int, ...] = ()
+    total: int = 1
+    by_index: bool = False
+
+
+def _fed(attempt: Callable[..., _Pass], args: tuple[Any, ...], minibatch: Minibatch | None, loop: bool) -> _Fed:
+    if minibatch is None:
+        batched = tuple(i for i, a in enumerate(args) if isinstance(a, Tensor)) if loop else ()
+        return _Fed(attempt(args), Batch(tuple(args[i] for i in batched)), batched)
+    total, rows = _rows(args, minibatch), torch.arange(minibatch.size)
+    eager, by_index = _with_minibatch(attempt, args, minibatch, total)
+    _check_local_latents(eager, minibatch, by_index)
+    if by_index:
+        return _Fed(eager, Batch(indices=rows), (), total, True)
+    batched = tuple(i for i, a in enumerate(args) if _is_row_tensor(a, total))
+    return _Fed(eager, Batch(tuple(args[i][rows] for i in batched)), batched, total)
+
+
+def _program(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fed: _Fed,
+    minibatch: Minibatch | None,
+    dtype: torch.dtype,
+    own_rows: list[str],
+) -> Program:
+    """The program that a pass tells of."""
+    eager, used = fed.eager, fed.eager.tape.used
+    seeding = UNTAPED_SEED * bool(eager.tape.untaped)
     program = Program(
         model,
         eager.guide,
@@ -178,23 +206,31 @@ def _build(
         store=eager.store,
         leaves=_leaves(eager),
         structure=analyse(eager.guide_trace, eager.model_trace, set()),
-        layout=NoiseLayout(used.normal, used.uniform + UNTAPED_SEED * untaped),
+        layout=NoiseLayout(used.normal, used.uniform + seeding),
         minibatch=minibatch,
-        batched=batched,
-        total=total,
-        by_index=by_index,
+        batched=fed.batched,
+        total=fed.total,
+        by_index=fed.by_index,
         dtype=dtype,
-        obstacles=obstacles,
-        untaped=untaped,
+        obstacles=_obstacles(eager),
+        untaped=bool(eager.tape.untaped),
         implicit=eager.tape.implicit or _implicit(eager.guide_trace),
         modules=[called.module for called in eager.modules],
         own_rows=own_rows,
-        component_slots=slice(UNTAPED_SEED * untaped, UNTAPED_SEED * untaped + eager.guide_used.uniform),
+        component_slots=slice(seeding, seeding + eager.guide_used.uniform),
     )
-    program.structure = analyse(eager.guide_trace, eager.model_trace, _dependent(program, eager, batch))
+    program.structure = analyse(eager.guide_trace, eager.model_trace, _dependent(program, eager, fed.batch))
     _check_strata(program, eager)
-    restore_buffers(eager.modules)
     return program
+
+
+def _obstacles(eager: _Pass) -> list[str]:
+    """Why the program cannot be traced."""
+    return [
+        *(f"random operation {name!r} is not on the noise tape" for name in sorted(eager.tape.untaped)),
+        *(f"buffer {name!r} changes as the program runs" for name in changed_buffers(eager.modules)),
+        *_custom_functions(eager),
+    ]
 
 
 class _CheckSites(Messenger):  # type: ignore[misc]

@@ -172,6 +172,11 @@ class Program:
             at += size
         return ends
 
+    @property
+    def present_groups(self) -> dict[str, slice]:
+        """Those of :attr:`groups` that have parameters."""
+        return {group: part for group, part in self.groups.items() if part.stop > part.start}
+
     def initial(self) -> Tensor:
         """Current values of all leaves as one flat vector ``(P,)``; a copy."""
         if not self.leaves:

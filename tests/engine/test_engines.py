@@ -41,18 +41,8 @@ def run(engine: Engine, objective: ELBO, *chunks: int, rule: Any = RULE) -> tupl
     return carry, torch.cat(losses)
 
 
-CASES = [
-    ("eight_schools", "model", MeanField(), ELBO()),
-    ("eight_schools", "centered", FullRank(), ELBO(2, "sticking-the-landing")),
-    ("challenger", "model", FullRank(), ELBO(3)),
-    ("conjugate_gaussian", "model", MeanField(), ELBO(1, "sticking-the-landing")),
-]
-
-
-@pytest.mark.parametrize(("file", "name", "family", "objective"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
-def test_same_noise_same_iterates(shipped, file: str, name: str, family: Any, objective: ELBO) -> None:
-    module = shipped(file)
-    program = build(getattr(module, name), None, module.data(), family=family)
+def test_same_noise_same_iterates(small: tuple[Program, ELBO]) -> None:
+    program, objective = small
     (eager, seen), (traced, expected) = (run(e, objective, 200) for e in engines(program, objective))
     assert int(eager.step) == int(traced.step) == 200
     assert (eager.x - program.initial()).norm() > 0.1  # power: the iterates moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -54,42 +55,36 @@ def regression(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(slope * x, 0.5), obs=y)
 
 
-def autoencoder() -> Program:
+def autoencoder(coder: Any) -> Program:
     """A K-sample bound, minibatches, networks on both sides."""
     torch.manual_seed(0)
-    encoder, decoder = nn.Linear(4, 4).double(), nn.Linear(2, 4).double()
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            loc, log_scale = encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
+    model, guide = coder(nn.Linear(4, 4).double(), nn.Linear(2, 4).double())
     x = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return build(model, guide, (x,), minibatch=Minibatch(8, plate="data"), dtype=torch.float64)
 
 
-def programs(name: str, shipped: Any) -> tuple[Program, Any]:
-    if name == "eight schools":
-        module = shipped("eight_schools")
-        return build(module.centered, None, module.data(), family=MeanField()), ELBO(2, "sticking-the-landing")
-    if name == "epochs":
-        x = torch.linspace(-1, 1, 11, dtype=torch.float64)
-        batch = Minibatch(3, plate="data", sampling="epoch")
-        return build(regression, None, (x, 2 * x), family=MeanField(), minibatch=batch, dtype=torch.float64), ELBO(2)
-    return autoencoder(), IWAE(3, "doubly-reparameterised")
+@pytest.fixture
+def programs(shipped, coder) -> Callable[[str], tuple[Program, Any]]:
+    """``programs(name)``: a program and an objective."""
+
+    def make(name: str) -> tuple[Program, Any]:
+        if name == "eight schools":
+            module = shipped("eight_schools")
+            return build(module.centered, None, module.data(), family=MeanField()), ELBO(2, "sticking-the-landing")
+        if name == "epochs":
+            x = torch.linspace(-1, 1, 11, dtype=torch.float64)
+            batch = Minibatch(3, plate="data", sampling="epoch")
+            made = build(regression, None, (x, 2 * x), family=MeanField(), minibatch=batch, dtype=torch.float64)
+            return made, ELBO(2)
+        return autoencoder(coder), IWAE(3, "doubly-reparameterised")
+
+    return make
 
 
 @pytest.mark.parametrize("name", ["eager", "traced"])
 @pytest.mark.parametrize("case", ["eight schools", "epochs", "autoencoder"])
-def test_every_seed_is_the_run_of_that_seed_alone(shipped, case: str, name: str) -> None:
-    program, objective = programs(case, shipped)
+def test_every_seed_is_the_run_of_that_seed_alone(programs, case: str, name: str) -> None:
+    program, objective = programs(case)
     count = 12 if name == "eager" else 260 if case == "epochs" else 40
     single = make_engine(name, program, objective, RULE)
     carries, losses = together(name, program, objective, count)
@@ -104,8 +99,8 @@ def test_every_seed_is_the_run_of_that_seed_alone(shipped, case: str, name: str)
 
 
 @pytest.mark.parametrize("name", ["eager", "traced"])
-def test_chunk_boundaries_may_fall_anywhere(shipped, name: str) -> None:
-    program, objective = programs("epochs", shipped)
+def test_chunk_boundaries_may_fall_anywhere(programs, name: str) -> None:
+    program, objective = programs("epochs")
     whole, losses = together(name, program, objective, 30)
     parts, pieces = together(name, program, objective, 4, 25, 1)
     for one, other in zip(whole, parts, strict=True):
@@ -133,7 +128,7 @@ def test_a_seed_that_is_not_finite_freezes_alone(name: str) -> None:
         assert torch.isfinite(losses[: int(carry.step), seed]).all()
 
 
-def test_where_vmap_fails_every_seed_has_its_copy_in_the_graph(shipped, monkeypatch) -> None:
+def test_where_vmap_fails_every_seed_has_its_copy_in_the_graph(programs, monkeypatch) -> None:
     """``vmap`` is made to fail for the mapping over seeds."""
     from bbvi_conv.engine import engine as module
 
@@ -143,7 +138,7 @@ def test_where_vmap_fails_every_seed_has_its_copy_in_the_graph(shipped, monkeypa
         return original(function, mapped, vectorise=False)
 
     original = module.over_draws
-    program, objective = programs("eight schools", shipped)
+    program, objective = programs("eight schools")
     expected, losses = together("traced", program, objective, 5)
     monkeypatch.setattr(module, "over_draws", refusing)
     got, same = together("traced", program, objective, 5)

@@ -77,11 +77,6 @@ def program() -> Program:
 
 
 @pytest.fixture(scope="module")
-def traced(program: Program) -> TracedLogWeights:
-    return TracedLogWeights(program)
-
-
-@pytest.fixture(scope="module")
 def repeats(program: Program, traced: TracedLogWeights) -> list[dict[str, GroupSignal]]:
     """Independent measurements, against a reference that is off by a known distance."""
     calculus = Calculus(program, ELBO(), traced, 1.0)

@@ -176,23 +176,11 @@ def test_autoguides(make: Callable[..., Any]) -> None:
     assert monitor.summary().gradient_norm_sq["theta"].value is None
 
 
-def test_modules_registered_with_pyro_module() -> None:
+def test_modules_registered_with_pyro_module(coder) -> None:
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(DIM, 2), nn.Linear(1, DIM)
-    x = rows()
-
-    def vae(batch: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(batch)), poutine.scale(scale=ROWS / len(batch)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=batch)
-
-    def amortized(batch: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(batch)):
-            loc, log_scale = encoder(batch).split(1, -1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
+    model, amortized = coder(encoder, decoder, latents=1)
+    vae, x = poutine.scale(model, scale=ROWS / BATCH), rows()
     svi = SVI(vae, amortized, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     monitor = GradientMonitor(vae, amortized, draw_batch=sampler(x), strata=Strata(3, 0.0))
     for _ in range(12):

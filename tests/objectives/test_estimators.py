@@ -70,11 +70,6 @@ def program() -> Program:
     return build(model, guide, (X,))
 
 
-@pytest.fixture(scope="module")
-def traced(program: Program) -> TracedLogWeights:
-    return TracedLogWeights(program)
-
-
 def at_posterior(program: Program) -> Tensor:
     values = {
         "mu": MU,

@@ -21,23 +21,7 @@ IMAGES = torch.rand(40, 6, generator=torch.Generator().manual_seed(0))
 MINIBATCH = bc.Minibatch(8, plate="data")
 
 
-def coder(encoder: nn.Module, decoder: nn.Module) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z), 0.5).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            loc, log_scale = encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-    return model, guide
-
-
-def test_a_bounded_smooth_vae_under_the_theorems_adam_fails_nothing() -> None:
+def test_a_bounded_smooth_vae_under_the_theorems_adam_fails_nothing(coder) -> None:
     model, guide = coder(bc.bounded_mlp([6, 5, 4], -3.0, 3.0), bc.bounded_mlp([2, 5, 6], -1.0, 1.0))
     found = bc.assumptions(model, guide, bc.TheoremAdam(0.01, radius=50.0), (IMAGES,), minibatch=MINIBATCH)
     assert {c.status for c in found.conditions} == {"holds"}
@@ -57,7 +41,7 @@ def test_a_bounded_smooth_vae_under_the_theorems_adam_fails_nothing() -> None:
     assert terms["1 / (B K)"] == 1 / 8
 
 
-def test_a_plain_vae_fails_where_it_should() -> None:
+def test_a_plain_vae_fails_where_it_should(coder) -> None:
     encoder = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
     decoder = nn.Sequential(nn.Linear(2, 5), nn.PReLU(), nn.Linear(5, 6))
     optimiser = bc.Adam(bc.Constant(1e-3), beta1=0.99, beta2=0.9)
@@ -85,7 +69,7 @@ class Own(nn.Module):
         return torch.nn.functional.relu(self.inside(x))
 
 
-def test_a_module_of_the_users_own_is_unknown() -> None:
+def test_a_module_of_the_users_own_is_unknown(coder) -> None:
     model, guide = coder(Own(), bc.bounded_mlp([2, 6], -1.0, 1.0))
     found = bc.assumptions(model, guide, bc.SGD(), (IMAGES,), minibatch=MINIBATCH)
     told = [c for c in found.conditions if c.where == "network of the guide (Own)"]

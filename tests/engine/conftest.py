@@ -1,0 +1,25 @@
+"""Programs on which engines are compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from bbvi_conv.families import FullRank, MeanField
+from bbvi_conv.objectives import ELBO
+from bbvi_conv.program import Program
+from bbvi_conv.program.build import build
+
+SMALL = [
+    ("eight_schools", "model", MeanField(), ELBO()),
+    ("eight_schools", "centered", FullRank(), ELBO(2, "sticking-the-landing")),
+    ("challenger", "model", FullRank(), ELBO(3)),
+    ("conjugate_gaussian", "model", MeanField(), ELBO(1, "sticking-the-landing")),
+]
+
+
+@pytest.fixture(params=SMALL, ids=[f"{file}-{name}" for file, name, *_ in SMALL])
+def small(shipped, request: pytest.FixtureRequest) -> tuple[Program, ELBO]:
+    """A shipped model with a family, and an objective."""
+    file, name, family, objective = request.param
+    module = shipped(file)
+    return build(getattr(module, name), None, module.data(), family=family), objective
