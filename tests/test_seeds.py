@@ -108,9 +108,15 @@ def test_one_seed_is_what_it_was() -> None:
     assert not any(name.startswith("seed") for name in pack(fit.state)[0])
 
 
-def test_a_model_file_is_run_again_for_the_networks_of_every_seed() -> None:
+def test_a_model_file_is_run_again_for_the_networks_of_every_seed(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    single = "torch.nn.Linear(4, 4), torch.nn.Linear(2, 4)"
+    text = AMORTIZED.read_text(encoding="utf-8")
+    assert single in text
+    path.write_text(text.replace(single, single.replace("4)", "4).double()")), encoding="utf-8")
+
     def run(seed: int, **settings: Any) -> bc.Fit:
-        file = load_model(str(AMORTIZED), seed=seed)
+        file = load_model(str(path), seed=seed)
         batch, source = bc.Minibatch(16, plate="data"), bc.ModelSource(str(file.path))
         more = {**QUICK, "minibatch": batch, "dtype": torch.float64, "max_steps": 60, "tol": 1e-9, **settings}
         return bc.fit(file.model, file.guide, file.args, seed=seed, source=source, **more)
