@@ -100,14 +100,14 @@ def row_of(target: str, family: str, results: Sequence[Result]) -> dict[str, Any
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Families in rows, medians and their ratio to full-rank by target in columns."""
+    """Families in rows, as in the table of all; medians and their ratio to full-rank by target in columns."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
     found = {(row["family"], row["target"]): row for row in rows}
     lines = [
         f"| family | {' | '.join(name.replace('_', ' ') for name in targets)} |",
         "|---" * (len(targets) + 1) + "|",
     ]
-    for family in dict.fromkeys(row["family"] for row in rows):
+    for family in [name for name in FAMILIES if any(row["family"] == name for row in rows)]:
         cells = []
         for name in targets:
             row, base = found.get((family, name)), found.get((BASE, name))
@@ -127,18 +127,22 @@ def main(
     targets: Annotated[str, typer.Option(help="comma-separated")] = ",".join(TARGETS),
     families: Annotated[str, typer.Option(help="comma-separated")] = ",".join(FAMILIES),
 ) -> None:
-    """Measure, print medians over seeds, and write results.json and table.md; what is measured is kept at once."""
+    """Measure, print medians over seeds, and write results.json and table.md; a run that was stopped goes on."""
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    place, asked = out / "results.json", {"seconds": seconds, "seeds": seeds}
+    before = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+    rows: list[dict[str, Any]] = before["rows"] if asked.items() <= before.items() else []
+    done = {(row["target"], row["family"]) for row in rows}
     for name in targets.split(","):
         module = load_module(name)
         for label in families.split(","):
+            if (name, label) in done:
+                continue
             family, size = FAMILIES[label]
             steps = affordable(module, family, seconds)
             rows.append(row_of(name, label, [run(module, family, size, steps, seed) for seed in range(seeds)]))
             typer.echo(f"{name:10} {label:17} KL {rows[-1]['kl_nats']} nats, {steps} steps")
-            text = json.dumps({"seconds": seconds, "seeds": seeds, "rows": rows}, indent=1, allow_nan=False)
-            (out / "results.json").write_text(text + "\n", encoding="utf-8")
+            place.write_text(json.dumps({**asked, "rows": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             (out / "table.md").write_text(markdown(rows), encoding="utf-8")
 
 

@@ -31,14 +31,14 @@ def test_the_table_sets_families_beside_full_rank_and_writes_no_infinity() -> No
     def results(*kls: float) -> list[object]:
         return [families.Result(kl, 0.1, 7, 0.5, 1.0) for kl in kls]
 
-    made = {"full-rank": (1.0, 3.0, 2.0), "iaf": (0.5, 0.25, math.inf), "planar": (math.inf, math.inf, 1.0)}
+    made = {"full-rank": (1.0, 3.0, 2.0), "iaf": (0.5, 0.25, math.inf), "sylvester": (math.inf, math.inf, 1.0)}
     rows = [families.row_of("banana", name, results(*kls)) for name, kls in made.items()]
     assert [row["kl_nats"] for row in rows] == [2.0, 0.5, None]
     json.dumps(rows, allow_nan=False)
     table = families.markdown(rows)
     assert "| full-rank | 2.0000 |" in table
     assert "| iaf | 0.5000 (0.25) |" in table
-    assert "| planar | infinite |" in table
+    assert "| sylvester | infinite |" in table
 
 
 def test_the_budget_is_in_seconds(shipped) -> None:
