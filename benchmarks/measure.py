@@ -79,6 +79,9 @@ def measure(
         row["ratio_numpyro_scan"], row["spread"] = found.median, found.spread
     if {"ours", "pyro"} <= set(seconds):
         row["ratio_pyro"] = ratio(seconds["pyro"], seconds["ours"]).median
+    row["ratio_others"] = {
+        name: ratio(seconds["ours"], seconds[name]).median for name in case.others if {"ours", name} <= set(seconds)
+    }
     if run_steps and case.seeds == 1:
         within = max(1, min(run_steps, int(60 / figures["ours"].median)))  # about a minute at most
         row |= _whole_runs(case, within, engine, numpyro="numpyro_scan" in turns)

@@ -73,6 +73,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     for case in dict.fromkeys(row["case"] for row in rows):
         row = next(r for r in rows if r["case"] == case)
         said = [row["notes"]] if row["notes"] else []
+        said += [f"ours / {name} {value:.2g}" for name, value in row.get("ratio_others", {}).items()]
         said += [f"{contender}: {reason}" for contender, reason in row["missing"].items()]
         if said:
             lines.append(f"- {case}: {'; '.join(said)}.")

@@ -37,7 +37,7 @@ class Size:
     targets: int
 
 
-SIZES = {"quick": Size(1, 300, 1), "default": Size(3, 2000, 20)}
+SIZES = {"quick": Size(1, 300, 1), "default": Size(5, 2000, 20)}
 
 
 def _measured(index: int, quick: bool, seeds: int, steps: int) -> dict[str, Any]:

@@ -13,12 +13,19 @@ from bbvi_conv.optim.first_order import SGD, Adam, Optimiser
 from bbvi_conv.optim.scales import Scales, unbound
 from bbvi_conv.optim.step_sizes import InverseSqrt, StepSize, positive
 
+_EDGE = 1e-6
+"""Relative distance from the edge of a set that is rounding, in either float type."""
+
 
 class ConvexSet(Protocol):
     """A set with a projection in the Euclidean norm."""
 
     def project(self, x: Tensor) -> Tensor:
         """The point of the set nearest to ``x`` ``(P,)``."""
+        ...
+
+    def on_boundary(self, x: Tensor) -> bool:
+        """Whether a point of the set ``(P,)`` lies at its edge: the constraint is active, and some steps are cut."""
         ...
 
 
@@ -42,6 +49,10 @@ class Ball:
         r""":math:`x \min(1, a / \|x\|)`."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return torch.where(norm > self.radius, x * (self.radius / norm), x)
+
+    def on_boundary(self, x: Tensor) -> bool:
+        """To rounding."""
+        return bool(torch.linalg.vector_norm(x) >= self.radius * (1 - _EDGE))
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,12 @@ class ScaleFloor:
         if self.scales is None:
             raise unbound("ScaleFloor")
         return self.scales.change(lambda s: s.clamp(min=self.floor), x)
+
+    def on_boundary(self, x: Tensor) -> bool:
+        """To rounding, for any scale."""
+        if self.scales is None:
+            raise unbound("ScaleFloor")
+        return bool((self.scales.of(x) <= self.floor * (1 + _EDGE)).any())
 
 
 @dataclass(frozen=True)

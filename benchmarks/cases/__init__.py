@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.case import Case
-from benchmarks.cases.flow import iaf
+from benchmarks.cases.flow import iaf, real_nvp
 from benchmarks.cases.garch import garch
 from benchmarks.cases.gaussian import eight_schools, gaussian_process, many_latents
 from benchmarks.cases.regression import hierarchical, logistic
@@ -24,5 +24,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "vae-iwae-50": iwae_50,
     "conv-vae": conv_vae,
     "iaf": iaf,
+    "real-nvp": real_nvp,
 }
 """Name -> constructor."""

@@ -1,13 +1,16 @@
-"""An inverse autoregressive flow in 20 dimensions, beside NumPyro's, Pyro's and zuko's of the same size."""
+"""Flows in 20 dimensions beside NumPyro's, Pyro's and zuko's of the same size."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoIAFNormal
+from pyro.distributions.transforms import affine_coupling, iterated
+from pyro.infer.autoguide import AutoIAFNormal, AutoNormalizingFlow
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Normal
 
@@ -20,10 +23,33 @@ HIDDEN, FLOWS = 20, 3
 
 def iaf() -> Case:
     """Three affine autoregressive steps, two hidden layers of 20 each, on logistic regression of 500 x 19."""
-    base = logistic(500, 19)
 
     def pyro_guide(model: Any) -> Any:
         return AutoIAFNormal(model, hidden_dim=[HIDDEN, HIDDEN], num_transforms=FLOWS)
+
+    def in_zuko(zuko: Any, dim: int) -> Any:
+        steps = zuko.flows.MAF(dim, transforms=FLOWS, hidden_features=(HIDDEN, HIDDEN))
+        # a draw goes by the inverse of the transform: with autoregressive steps inverted, that is one pass
+        return zuko.flows.Flow([t.inv for t in steps.transform.transforms], steps.base)
+
+    return _flow(bc.IAF(num_layers=FLOWS, hidden=(HIDDEN, HIDDEN)), pyro_guide, in_zuko)
+
+
+def real_nvp() -> Case:
+    """Three affine couplings of the same size; NumPyro has no such guide, and its autoregressive one stands in."""
+
+    def pyro_guide(model: Any) -> Any:
+        return AutoNormalizingFlow(model, partial(iterated, FLOWS, partial(affine_coupling, hidden_dims=[HIDDEN] * 2)))
+
+    def in_zuko(zuko: Any, dim: int) -> Any:
+        return zuko.flows.RealNVP(dim, transforms=FLOWS, hidden_features=(HIDDEN, HIDDEN))
+
+    family = bc.RealNVP(num_layers=FLOWS, hidden=(HIDDEN, HIDDEN))
+    return replace(_flow(family, pyro_guide, in_zuko), notes="NumPyro's guide is AutoIAFNormal")
+
+
+def _flow(family: Any, pyro_guide: Callable[[Any], Any], in_zuko: Callable[[Any, int], Any]) -> Case:
+    base = logistic(500, 19)
 
     def twin() -> Twin:
         from numpyro.infer.autoguide import AutoIAFNormal
@@ -32,24 +58,19 @@ def iaf() -> Case:
         guide = AutoIAFNormal(plain.model, num_flows=FLOWS, hidden_dims=[HIDDEN, HIDDEN])
         return Twin(plain.model, guide, plain.args, plain.loss)
 
-    if hasattr(bc, "IAF"):
-        own: dict[str, Any] = {"family": bc.IAF(num_layers=FLOWS, hidden=(HIDDEN, HIDDEN))}
-    else:
-        own = {"guide": pyro_guide(base.model), "family": None}
     return replace(
         base,
         twin=twin,
         params=None,
+        family=family,
         pyro_guide=pyro_guide,
-        others={"zuko": lambda: _zuko(base)},
+        others={"zuko": lambda: _zuko(base, in_zuko)},
         steps=512,
-        notes="" if hasattr(bc, "IAF") else "our guide is Pyro's AutoIAFNormal",
-        **own,
     )
 
 
-def _zuko(case: Case) -> Any:
-    """A plain torch loop over zuko's flow, inverted so that a draw costs one pass."""
+def _zuko(case: Case, make: Callable[[Any, int], Any]) -> Callable[[int], float]:
+    """A plain torch loop over zuko's flow."""
     checked = Distribution._validate_args
     try:
         import zuko
@@ -57,9 +78,7 @@ def _zuko(case: Case) -> Any:
         Distribution.set_default_validate_args(checked)  # zuko switches it off for everybody
     X, y = case.args
     torch.manual_seed(0)
-    steps = zuko.flows.MAF(X.shape[1] + 1, transforms=FLOWS, hidden_features=(HIDDEN, HIDDEN))
-    flow = zuko.flows.Flow([t.inv for t in steps.transform.transforms], steps.base)
-    # NormalizingFlow draws by the inverse of its transform: with autoregressive steps inverted, that is one pass.
+    flow = make(zuko, X.shape[1] + 1)
     optimiser = torch.optim.Adam(flow.parameters(), lr=case.step_size)
 
     def loss() -> Tensor:

@@ -48,8 +48,8 @@ def _line(axis: Axes, row: dict[str, Any], colour: str) -> None:
     steps = steps[steps > 0]
     each = [np.interp(steps, n, v) for n, v in curves]
     mean = np.mean(each, axis=0)
-    if row["quantity"] == "E||grad||^2":  # unbiased, so single values may be negative: the running mean is shown
-        steps, mean = steps, np.cumsum(mean * np.gradient(steps)) / np.cumsum(np.gradient(steps))
+    if row["quantity"].startswith("E||"):  # unbiased, so single values may be negative: the running mean is shown
+        mean = np.cumsum(mean * np.gradient(steps)) / np.cumsum(np.gradient(steps))
     use = mean > 1e-14
     label = f"{row['family']}, {row['parameterisation']}, {row['estimator']}, {row['optimiser']}"
     axis.plot(steps[use], mean[use], color=colour, linewidth=1.2, label=label)

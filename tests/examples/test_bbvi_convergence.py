@@ -92,6 +92,19 @@ def test_every_row_is_a_sound_pair_and_its_key_its_own(theory: ModuleType) -> No
         bind(row.settings["optimiser"], program, row.settings["objective"], 1.0)
 
 
+def test_where_a_ball_binds_the_gradient_mapping_takes_the_gradients_place(theory: ModuleType) -> None:
+    (row,) = (row for row in theory.rows.table(quick=False) if "tight" in row.key)
+    fit, (seen,) = theory.measure._run(row, 1, 150)
+    rule = bind(fit.settings.optimiser, fit.program, fit.objective, 1.0)
+    assert rule.onto.on_boundary(fit.x)
+    gradient, mapping = (theory.measure._looked(fit, seen, given).values for given in (None, rule))
+    free = [not rule.onto.on_boundary(seen[look.step][0]) for look in fit.state.monitor.looks]
+    assert 0 < sum(free) < len(free)
+    # inside the ball both estimate the same squared norm; at its edge the mapping leaves out what points outwards
+    assert np.abs(mapping[free] / gradient[free] - 1).max() < 0.5
+    assert mapping[-3:].mean() < 0.5 * gradient[-3:].mean()
+
+
 def test_claims_of_log_concavity_agree_with_the_library(theory: ModuleType) -> None:
     for name in ("LINEAR", "LOGISTIC", "FUNNEL", "BANANA", "MODES", "SCHOOLS"):
         target = getattr(theory.targets, name)

@@ -49,6 +49,16 @@ def test_projections_are_nearest_points(convex: Any) -> None:
     assert bool((nearest == x).all(-1).any())  # and some inside
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("convex", [Ball(2.0), ScaleFloor(0.5, SCALES)], ids=str)
+def test_what_a_projection_moved_is_on_the_boundary(convex: Any, dtype: torch.dtype) -> None:
+    x = torch.cat([points(), 0.7 + points(spread=0.05)]).to(dtype)
+    nearest = convex.project(x)
+    moved = (nearest != x).any(-1)
+    assert 0 < int(moved.sum()) < len(x)
+    assert [convex.on_boundary(y) for y in nearest] == moved.tolist()
+
+
 def test_only_scales_have_a_floor() -> None:
     x = points()
     floored = ScaleFloor(0.5, SCALES).project(x)
@@ -128,6 +138,10 @@ def test_the_gradient_mapping_is_the_gradient_inside_and_nothing_pushes_against_
     mapping = gradient_mapping(optimiser, grad.abs(), at_floor, ONE)
     assert mapping[ARE_SCALES].tolist() == [0.0] * 4
     torch.testing.assert_close(mapping[~ARE_SCALES], grad.abs()[~ARE_SCALES], rtol=1e-12, atol=1e-13)
+    edge, small = 2 * x / x.norm(), 1e-6
+    outwards = grad - (grad @ edge) * edge / 4 - 3 * edge  # downhill lies outside the ball
+    tangent = gradient_mapping(Projected(SGD(Constant(small)), Ball(2.0)), outwards, edge, ONE)
+    torch.testing.assert_close(tangent, outwards + 3 * edge, rtol=0, atol=100 * small)
     with pytest.raises(TypeError, match="has a state, so its step defines no gradient mapping"):
         gradient_mapping(TheoremAdam(0.1, 1.0), grad, x, ONE)
 
