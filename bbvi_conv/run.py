@@ -381,11 +381,16 @@ class Run:
             x = returned(one._replace(previous=None), self.settings)
             one = self._check(seed, one, x)
             settled = self.schedule.settled(one.step, one.monitor.looks)
-            if settled and is_done(one.checks, self.trend(one)[0], self.settings.tol):
+            if settled and self._is_done(one):
                 return one._replace(done=True)
             return self._next_window(one, x)
 
         return self._timed(self._each(state, closing, close), "monitor", start)
+
+    def _is_done(self, one: FitState) -> bool:
+        """The stopping rule; the trend, which costs more than all else in it, only where it could still object."""
+        tol = self.settings.tol
+        return is_done(one.checks, "undecided", tol) and is_done(one.checks, self.trend(one)[0], tol)
 
     def next_window(self, state: FitState) -> FitState:
         """Let the seeds that are done go on: what they returned is what their next window is compared with."""

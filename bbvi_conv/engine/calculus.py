@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from bbvi_conv.engine.streams import Feed
 from bbvi_conv.objectives.objective import Objective
@@ -22,6 +23,10 @@ from bbvi_conv.program.trace import LogWeights, TracedLogWeights, Untraceable, o
 
 CHUNK = 20_000_000
 """Numbers a vectorised evaluation may hold per parameter-sized array."""
+LANES, VECTORS = (8, 32, 256), (1, 8, 32)
+"""Evaluations, and vectors of a curvature product, in one call of a mapped graph: few choices, each a graph."""
+WORTH = 2**17
+"""Numbers in an array from which more evaluations in one call gain nothing: torch's own work is then the cost."""
 
 
 class _Draws:
@@ -77,9 +82,9 @@ class Calculus:
             log_weights.prepare(joint=True)
             if objective.split:
                 log_weights.prepare(joint=False)
-        self.vectorise = self.traced and self._vmaps()
+        self.vectorise = isinstance(log_weights, TracedLogWeights) and log_weights.maps(joint=not objective.split)
         self.particles = over_draws(log_weights, (False, False, False, True, False), vectorise=self._many)
-        self._graphs: dict[str, Callable[..., Any]] = {}
+        self._graphs: dict[Any, Callable[..., Any]] = {}
 
     @classmethod
     def of(cls, program: Program, objective: Objective, normaliser: float) -> Calculus:
@@ -97,19 +102,6 @@ class Calculus:
     def runs(self) -> int:
         """Runs of the program in one evaluation: every draw once per stratum."""
         return self.objective.draws * self.program.strata
-
-    def _vmaps(self) -> bool:
-        theta, phi = self.program.split(self.program.initial())
-        noise, batch = self.program.example()
-        two = Noise(*(torch.stack([part, part]) for part in noise))
-        density = dict(phi) if self.objective.split else phi
-        try:
-            over_draws(self.log_weights, (False, False, False, True, False), vectorise=True)(
-                theta, phi, density, two, batch
-            )
-        except Exception:  # whatever vmap cannot do, a loop can
-            return False
-        return True
 
     # ---- one evaluation ----
 
@@ -162,35 +154,65 @@ class Calculus:
 
     # ---- many evaluations ----
 
-    def _map(self, name: str, x: Tensor, feed: Feed, step: float, *more: Tensor) -> Any:
-        """Map a method over the J evaluations of a feed, in pieces that fit in memory, at one ``x`` or one for each."""
-        more = (torch.full((), step, dtype=x.dtype, device=x.device), *more)
+    def _map(self, name: str, x: Tensor, feed: Feed, step: float, *vectors: Tensor) -> Any:
+        """Map a method over the J evaluations of a feed, in pieces, at one ``x`` or one for each.
+
+        Curvature products are mapped over their ``vectors`` ``(R, 1, P)`` as well where evaluations are.
+        """
+        n = torch.full((), step, dtype=x.dtype, device=x.device)
         count, many = len(feed.noise.normal), x.dim() == 2
         first = feed.batch(self.program, 0)
-        widest = max(x.shape[-1], sum(self.program.layout), *(a.numel() for a in first.args), 1)
-        piece = max(1, min(count, CHUNK // (widest * self.runs)))
-        function = self.function(name, x[0] if many else x, feed.noise.at(0), first, *more)
-        results = []
-        with buffers_kept(() if self.traced else self.program.modules):
-            for start in range(0, count, piece):
-                part = slice(start, start + piece)
-                batch = feed.batch(self.program, part)
-                flags = [many, True, True, *(feed.moving for _ in batch.args)]
-                flags += [True] * (batch.indices is not None) + [False] * len(more)
-                at = x[part] if many else x
-                results.append(self._over_draws(function, flags, _flatten(at, feed.noise.at(part), batch, *more)))
-        if isinstance(results[0], tuple):
-            return tuple(torch.cat(column) for column in zip(*results, strict=True))
-        return torch.cat(results)
+        widest = max(x.shape[-1], sum(self.program.layout), *(a.numel() for a in first.args), 1) * self.runs
+        single = [v[0] if self.vectorise else v for v in vectors]
+        function = self.function(name, x[0] if many else x, feed.noise.at(0), first, n, *single)
+        flags = [many, True, True, *(feed.moving for _ in first.args)]
+        flags += [True] * (first.indices is not None) + [False] * (1 + len(vectors))
 
-    def _over_draws(self, function: Callable[..., Any], mapped: list[bool], flat: list[Tensor]) -> Any:
-        """Vectorised; from the first operation on that ``vmap`` cannot map, by a loop."""
-        if self.vectorise:
+        def flat(part: slice) -> list[Tensor]:
+            at = x[part] if many else x
+            return _flatten(at, feed.noise.at(part), feed.batch(self.program, part), n, *vectors)
+
+        if self.vectorise and (count > 1 or vectors):
             try:
-                return over_draws(function, mapped, vectorise=True)(*flat)
-            except RuntimeError:
+                return self._in_lanes(name, function, flags, flat, count, widest, bool(vectors))
+            except RuntimeError:  # an operation that vmap cannot map
                 self.vectorise = False
-        return over_draws(function, mapped, vectorise=False)(*flat)
+                if vectors:
+                    return torch.cat([self._map(name, x, feed, step, v) for v in vectors[0]], 1)
+        with buffers_kept(() if self.traced else self.program.modules):
+            piece = max(1, CHUNK // widest)
+            loop = over_draws(function, flags, vectorise=False)
+            return _joined([loop(*flat(slice(i, min(i + piece, count)))) for i in range(0, count, piece)])
+
+    def _in_lanes(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        flags: list[bool],
+        flat: Callable[[slice], list[Tensor]],
+        count: int,
+        widest: int,
+        products: bool,
+    ) -> Any:
+        """By a graph of many evaluations at once, in lanes of a fixed number; what fills the last lanes is dropped."""
+        numbers = widest * (VECTORS[-1] if products else 1)
+        lanes = min(_fitting(LANES, min(count, WORTH // numbers)), max(1, CHUNK // widest))
+        results = []
+        for start in range(0, count, lanes):
+            inputs = flat(slice(start, min(start + lanes, count)))
+            missing = lanes - min(lanes, count - start)
+            if missing:
+                inputs = [_filled(t, missing) if mapped else t for t, mapped in zip(inputs, flags, strict=True)]
+            key = (name, *flags, *(t.shape for t in inputs))
+            if key not in self._graphs:
+                last = [*[False] * (len(flags) - 1), products]
+                one = over_draws(function, last, vectorise=True) if products else function
+                mapped = over_draws(one, flags, vectorise=True)
+                self._graphs[key] = simplify(to_graph(mapped, *inputs, functional=False))
+            with torch.no_grad():
+                made = self._graphs[key](*inputs)
+            results.append(tree_map(lambda t, keep=lanes - missing: t[:keep], made))
+        return _joined(results)
 
     def gradients(self, x: Tensor, feed: Feed, *, step: float = math.inf) -> tuple[Tensor, Tensor]:
         """J independent gradients ``(J, P)`` and losses ``(J,)`` at ``x``; schedules as at ``step``, or at the end.
@@ -215,9 +237,15 @@ class Calculus:
         return self._mean_products("_fisher_products", x, vectors, feed)
 
     def _mean_products(self, name: str, x: Tensor, vectors: Tensor, feed: Feed) -> Tensor:
-        """A graph takes one vector at a time, over all draws at once; handlers run once per draw, for all vectors."""
-        pieces = torch.split(vectors, 1) if self.traced else (vectors,)
-        return torch.cat([self._map(name, x, feed, math.inf, piece).mean(0) for piece in pieces])
+        """Vectors are mapped like draws; a graph that is not mapped takes one of them, handlers all in one run."""
+        if not self.vectorise:
+            pieces = torch.split(vectors, 1) if self.traced else (vectors,)
+            return torch.cat([self._map(name, x, feed, math.inf, piece).mean(0) for piece in pieces])
+        rows, found = _fitting(VECTORS, len(vectors)), []
+        for piece in torch.split(vectors, rows):
+            filled = _filled(piece, rows - len(piece)).unsqueeze(1)
+            found.append(self._map(name, x, feed, math.inf, filled).mean(0).reshape(rows, -1)[: len(piece)])
+        return torch.cat(found)
 
     def on(self, program: Program) -> Calculus:
         """The same functions on other data: ``program.with_data(...)``."""
@@ -240,6 +268,21 @@ def _products(y: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
         return torch.zeros_like(vectors)
     rows = [torch.autograd.grad(grad @ v, x, retain_graph=True, allow_unused=True)[0] for v in vectors]
     return torch.stack([torch.zeros_like(x) if row is None else row for row in rows])
+
+
+def _fitting(sizes: Sequence[int], count: int) -> int:
+    """The smallest of the sizes that holds so many, or the largest."""
+    return next((size for size in sizes if size >= count), sizes[-1])
+
+
+def _filled(tensor: Tensor, missing: int) -> Tensor:
+    """With its last row repeated."""
+    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor
+
+
+def _joined(results: list[Any]) -> Any:
+    """Parts of a result, or of each of a tuple, one after the other."""
+    return tree_map(lambda *parts: torch.cat(parts), *results)
 
 
 def _flatten(x: Tensor, noise: Noise, batch: Batch, *more: Tensor) -> list[Tensor]:

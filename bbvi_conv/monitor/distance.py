@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bbvi_conv.monitor.gradient_norm import squared_norm
+from bbvi_conv.monitor.gradient_norm import squared_norm_of_draws
 from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
 
 DENSE = 2000
@@ -44,7 +44,7 @@ def half_norm(gradients: Tensor, matrix: Tensor, name: str, *, level: float = 0.
     if int(info) != 0 or not bool(torch.isfinite(factor).all()):
         return unavailable(f"{name} is not positive definite here")
     white = torch.linalg.solve_triangular(factor, gradients.to(torch.float64).T, upper=False)
-    norm = squared_norm(white.T @ white, level)
+    norm = squared_norm_of_draws(white.T, level)
     return Estimate(norm.value / 2, norm.low / 2, norm.high / 2)
 
 

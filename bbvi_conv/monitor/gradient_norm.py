@@ -143,20 +143,59 @@ def squared_norm(gram: Tensor, level: float = 0.95) -> SquaredNorm:
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram must be a square matrix (J, J), got shape {tuple(gram.shape)}")
-    count = gram.shape[0]
-    if count < MIN_GRADIENTS:
-        raise ValueError(f"num_gradients must be at least {MIN_GRADIENTS} to estimate the noise, got {count}")
-    products = gram.detach().to("cpu", torch.float64).numpy()
-    if not np.isfinite(products).all():
-        raise ValueError("gram holds a non-finite entry: a gradient at this look is not finite, stop the run before it")
-
+    products = _checked(gram)
     along_mean = products.mean(0)  # g_j . gbar
     mean_norm_sq = float(along_mean.mean())
     centred = products - along_mean[:, None] - along_mean[None, :] + mean_norm_sq
-    value = float(products.sum() - np.trace(products)) / (count * (count - 1))
-    trace = float(np.trace(centred)) / (count - 1)
-    trace_sq = _trace_sigma_sq(centred)
-    along_gradient = float(((along_mean - mean_norm_sq) ** 2).sum()) / (count - 1)  # gbar' Sigma gbar
+    off_diagonal = float(products.sum() - np.trace(products))
+    return _from_products(off_diagonal, along_mean, mean_norm_sq, np.diagonal(centred), _sum_sq(centred), level)
+
+
+def squared_norm_of_draws(gradients: Tensor, level: float = 0.95) -> SquaredNorm:
+    """:func:`squared_norm` of the Gram matrix of gradients ``(J, P)``, which is not formed where J exceeds P.
+
+    With C the gradients less their mean, the squares in :math:`C C^T` sum to those in :math:`C^T C`, ``(P, P)``.
+
+    Raises:
+        ValueError: as :func:`squared_norm`.
+    """
+    count, size = gradients.shape
+    if count <= size:
+        return squared_norm(gram_matrix(gradients), level)
+    draws = _checked(gradients)
+    mean = draws.mean(0)
+    centred, mean_norm_sq = draws - mean, float(mean @ mean)
+    off_diagonal = count * count * mean_norm_sq - _sum_sq(draws)
+    diagonal = np.einsum("jp,jp->j", centred, centred)
+    return _from_products(off_diagonal, draws @ mean, mean_norm_sq, diagonal, _sum_sq(centred.T @ centred), level)
+
+
+def _sum_sq(values: np.ndarray) -> float:
+    return float(np.vdot(values, values))
+
+
+def _checked(given: Tensor) -> np.ndarray:
+    """In float64; J rows."""
+    if len(given) < MIN_GRADIENTS:
+        raise ValueError(f"num_gradients must be at least {MIN_GRADIENTS} to estimate the noise, got {len(given)}")
+    values = given.detach().to("cpu", torch.float64).numpy()
+    if not np.isfinite(values).all():
+        raise ValueError("gram holds a non-finite entry: a gradient at this look is not finite, stop the run before it")
+    return values
+
+
+def _from_products(
+    off_diagonal: float, along_mean: np.ndarray, mean_norm_sq: float, diagonal: np.ndarray, squares: float, level: float
+) -> SquaredNorm:
+    """From the sum of :math:`g_i^T g_j` over i != j, :math:`g_j^T \\bar g`, and the centred products.
+
+    ``diagonal`` and ``squares`` are the diagonal ``(J,)`` and the sum of all squares of the centred Gram matrix.
+    """
+    count = len(along_mean)
+    value = off_diagonal / (count * (count - 1))
+    trace = float(diagonal.sum()) / (count - 1)
+    trace_sq = _trace_sigma_sq(diagonal, squares)
+    along_gradient = _sum_sq(along_mean - mean_norm_sq) / (count - 1)  # gbar' Sigma gbar
 
     floor = 2.0 * trace_sq / (count * (count - 1))
     scale = _noise_scale(value, trace, trace_sq, along_gradient, mean_norm_sq, floor, count)
@@ -164,17 +203,13 @@ def squared_norm(gram: Tensor, level: float = 0.95) -> SquaredNorm:
     return SquaredNorm(value, low, high, max(trace, 0.0), trace_sq, scale, mean_norm_sq, count)
 
 
-def _trace_sigma_sq(centred: np.ndarray) -> float:
-    """Unbiased tr(Sigma^2) from the centred ``(J, J)`` Gram matrix; never negative."""
-    n = len(centred)
-    diagonal = np.diagonal(centred)
-    of_square = float((centred**2).sum()) / (n - 1) ** 2
+def _trace_sigma_sq(diagonal: np.ndarray, squares: float) -> float:
+    """Unbiased tr(Sigma^2) from the centred Gram matrix; never negative."""
+    n, fourth = len(diagonal), _sum_sq(diagonal)
+    of_square = squares / (n - 1) ** 2
     square_of = (float(diagonal.sum()) / (n - 1)) ** 2
-    fourth = float((diagonal**2).sum()) / (n - 1)
-    unbiased = (n - 1) / (n * (n - 2) * (n - 3)) * ((n - 1) * (n - 2) * of_square + square_of - n * fourth)
-    if unbiased > 0.0:
-        return unbiased
-    return float((centred**2).sum() - (diagonal**2).sum()) / (n * (n - 1))
+    unbiased = (n - 1) / (n * (n - 2) * (n - 3)) * ((n - 1) * (n - 2) * of_square + square_of - n * fourth / (n - 1))
+    return unbiased if unbiased > 0.0 else (squares - fourth) / (n * (n - 1))
 
 
 def _noise_scale(

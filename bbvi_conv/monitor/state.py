@@ -154,7 +154,7 @@ def look(
         bounds[0],
         bounds[1] - bounds[0],
         **norms,
-        total=squared_norm(total_gram(grams), level),
+        total=squared_norm(total_gram(grams), level) if len(grams) != 1 else next(n for n in norms.values() if n),
         bound=bound,
         bound_error=bound_error,
         noise={**traces, "total": sum(traces.values())},

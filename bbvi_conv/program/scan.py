@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from bbvi_conv.program.graphs import lift
 from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.tracer import tracing
 
 
 class Body(NamedTuple):
@@ -63,8 +63,8 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, re
         [1.0, 3.0, 6.0]
     """
     length = _length(xs)
-    mode = get_proxy_mode()
-    if mode is None:
+    tracer = tracing()
+    if tracer is None:
         return _by_python(step, carry, xs, length, reverse)
     flat_carry, carry_spec = tree_flatten(carry)
     flat_xs, xs_spec = tree_flatten(xs)
@@ -81,7 +81,7 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, re
         flat_y, y_spec = tree_flatten(y)
         return (*tree_leaves(new), *flat_y)
 
-    name, constants = _register(one, flat_carry, [x[0] for x in flat_xs], fixed, outer=mode.tracer.tensor_tracker)
+    name, constants = _register(one, flat_carry, [x[0] for x in flat_xs], fixed, outer=tracer)
     made = torch.ops.bbvi_conv.scan(name, flat_carry, [x.contiguous() for x in flat_xs], [*fixed, *constants], reverse)
     last, ys = made[: len(flat_carry)], made[2 * len(flat_carry) :]
     return tree_unflatten(list(last), carry_spec), tree_unflatten(list(ys), y_spec)

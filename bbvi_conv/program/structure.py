@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pyro.distributions.util import broadcast_shape  # torch's own imports a computer algebra system, half a second
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -212,8 +213,8 @@ def check_site(site: Any) -> None:
             "check its plates and .to_event()"
         )
     try:
-        torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - len(event)])  # type: ignore[no-untyped-call]
-    except RuntimeError:
+        broadcast_shape(fn.batch_shape, value.shape[: value.dim() - len(event)])
+    except ValueError:
         raise ValueError(
             f"{who} has batch shape {tuple(fn.batch_shape)}, got a value of shape {tuple(value.shape)}; "
             "check the plate sizes and the data"

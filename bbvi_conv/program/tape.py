@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -181,7 +182,7 @@ def _normal(tape: Tape, mean: Any, std: Any = 1.0, size: Any = None, **kwargs: A
         shaped: Tensor = mean + std * tape.normal(torch.Size(size), _like(kwargs))
         return shaped
     tensors = [x.detach() for x in (mean, std) if isinstance(x, Tensor)]
-    shape = torch.broadcast_shapes(*(x.shape for x in tensors))  # type: ignore[no-untyped-call]
+    shape = torch.Size(broadcast_shape(*(x.shape for x in tensors)))
     mean, std = (x.detach() if isinstance(x, Tensor) else x for x in (mean, std))
     drawn: Tensor = mean + std * tape.normal(shape, tensors[0])
     return drawn

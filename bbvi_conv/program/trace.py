@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bbvi_conv.program.buffers import buffers_kept
@@ -16,6 +15,7 @@ from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.terms import Terms
+from bbvi_conv.program.tracer import trace
 
 LogWeights = Callable[..., Terms]
 """``(theta, phi_sample, phi_density, noise, batch) -> Terms``."""
@@ -49,11 +49,9 @@ def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = 
     """
     try:
         pure = torch.func.functionalize(function, remove="mutations") if functional else function
-        graph: GraphModule = make_fx(pure, decomposition_table=DECOMPOSITIONS)(*example)
+        graph = trace(pure, *example, decompositions=DECOMPOSITIONS)
     except Exception as error:
         raise Untraceable(first_sentence(error)) from error
-    for node, value in zip(graph.graph.find_nodes(op="placeholder"), example, strict=True):
-        node.meta["tensor_meta"] = value.to("meta")
     varying: set[Node] = set()
     for node in graph.graph.nodes:
         if node.op == "placeholder" or varying.intersection(node.all_input_nodes):
@@ -71,19 +69,13 @@ def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = 
     return graph
 
 
-def _meta(node: Node) -> Any:
-    """What knows dtype and shape of a node: its metadata, or the constant it stands for."""
-    known = node.meta.get("tensor_meta")
-    return known if known is not None else getattr(node.graph.owning_module, str(node.target))
-
-
 def _shape_varies(node: Node, varying: set[Node]) -> bool:
     """Whether the result has a shape that only the values of this run tell."""
     if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
         return False
     deciding = node.all_input_nodes
     if node.target is torch.ops.aten.index.Tensor:  # only a mask decides on a shape, indices do not
-        deciding = [n for n in deciding[1:] if _meta(n).dtype in (torch.bool, torch.uint8)]
+        deciding = [n for n in deciding[1:] if n.meta["tensor_meta"].dtype in (torch.bool, torch.uint8)]
     return bool(varying.intersection(deciding))
 
 
@@ -106,7 +98,7 @@ def _fix_end(node: Node) -> None:
     args: Any = node.args
     for i, argument in enumerate(args):
         if isinstance(argument, int) and argument == torch.iinfo(torch.int64).max:
-            sizes = args[1] if node.target is _SLICES[2] else _meta(args[0]).shape
+            sizes = args[1] if node.target is _SLICES[2] else args[0].meta["tensor_meta"].shape
             node.update_arg(i, sizes[args[i - 2]])
 
 
@@ -124,6 +116,7 @@ class TracedLogWeights:
             raise Untraceable("; ".join(program.obstacles))
         self.program = program
         self._graphs: dict[bool, GraphModule] = {}
+        self._maps: dict[bool, bool] = {}
 
     def __call__(
         self,
@@ -140,6 +133,21 @@ class TracedLogWeights:
         if batch.indices is not None:
             flat.append(batch.indices)
         return Terms(*self._graphs[joint](*flat))
+
+    def maps(self, joint: bool) -> bool:
+        """Whether ``vmap`` can map the graph over draws of noise."""
+        if joint not in self._maps:
+            theta, phi = self.program.split(self.program.initial())
+            noise, batch = self.program.example()
+            two = Noise(*(torch.stack([part, part]) for part in noise))
+            mapped = over_draws(self, (False, False, False, True, False), vectorise=True)
+            try:
+                mapped(theta, phi, phi if joint else dict(phi), two, batch)
+            except Exception:  # whatever vmap cannot do, a loop can
+                self._maps[joint] = False
+            else:
+                self._maps[joint] = True
+        return self._maps[joint]
 
     def prepare(self, joint: bool) -> None:
         """Trace now; to be called outside any ``vmap`` or other tracing.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bbvi_conv.monitor import SquaredNorm, gram_matrix, squared_norm, total_gram
+from bbvi_conv.monitor.gradient_norm import squared_norm_of_draws
 from bbvi_conv.monitor.intervals import student_quantile
 
 J = 32
@@ -203,3 +204,15 @@ def test_bad_input_is_named() -> None:
         total_gram({"theta": torch.zeros(4, 4), "phi": torch.zeros(5, 5)})
     with pytest.raises(ValueError, match="no group"):
         total_gram({})
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (6, 5), (5, 9)])
+def test_from_draws_or_from_their_products_is_the_same(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = 0.3 + torch.randn(*shape, generator=generator, dtype=torch.float64)
+    assert tuple(squared_norm_of_draws(gradients)) == pytest.approx(
+        tuple(squared_norm(gram_matrix(gradients))), rel=1e-10
+    )
+    gradients[2, 1] = math.inf
+    with pytest.raises(ValueError, match="not finite"):
+        squared_norm_of_draws(gradients)
