@@ -36,14 +36,14 @@ fit = {
 }
 
 
-def vae(encoder: nn.Module, decoder: nn.Module) -> tuple[Program, Program]:
+def vae(encoder: nn.Module, decoder: nn.Module, latent: int = LATENT) -> tuple[Program, Program]:
     """Model and guide: ``encoder`` gives m and l side by side, ``decoder`` the means of the pixels."""
 
     def model(images: Tensor) -> None:
         """``images``: uint8 ``(B, 28, 28)``."""
         pyro.module("decoder", decoder)
         with pyro.plate("data", len(images)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([LATENT]).to_event(1))
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([latent]).to_event(1))
             pyro.sample("image", dist.Normal(decoder(z), SCALE).to_event(1), obs=pixels(images))
 
     def guide(images: Tensor) -> None:
