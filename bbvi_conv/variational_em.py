@@ -62,6 +62,7 @@ class VariationalEM:
         max_steps: steps of one E-step at most.
         m_steps: steps of one M-step.
         init_scale: standard deviation of a factor at the start.
+        family: another family in the place of mean-field factors, for a single datum at a time unless it keeps plates.
         seed: of the noise.
         engine: as for :func:`bbvi_conv.fit`.
 
@@ -80,6 +81,7 @@ class VariationalEM:
     init_scale: float = 0.5
     seed: int = 0
     engine: str = "auto"
+    family: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("gradient", ("pathwise", "score-function")), ("until", ("elbo", "parameters"))):
@@ -89,6 +91,8 @@ class VariationalEM:
             check_count(name, getattr(self, name))
         if not self.tol > 0:
             raise ValueError(f"tol must be positive, got {self.tol}")
+        if self.gradient == "score-function" and self.family is not None:
+            raise ValueError("the score function goes with mean-field factors: leave family out")
         if self.gradient == "score-function" and self.num_particles < 2:
             raise ValueError("the score function needs num_particles of at least 2 for its baseline")
 
@@ -120,7 +124,8 @@ class VariationalEM:
 
     def _program(self, source: Fit | Callable[..., Any], args: tuple[Any, ...] | Tensor) -> tuple[Program, Tensor]:
         args = (args,) if isinstance(args, Tensor) else tuple(args)
-        family = MeanField(self.init_scale) if self.gradient == "pathwise" else ScoreMeanField(self.init_scale)
+        factors = MeanField(self.init_scale) if self.gradient == "pathwise" else ScoreMeanField(self.init_scale)
+        family = self.family or factors
         fitted = source if isinstance(source, Fit) else None
         model: Any = source.program.model if isinstance(source, Fit) else source
         dtype = None if fitted is None else fitted.program.dtype
