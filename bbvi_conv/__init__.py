@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bbvi_conv import data, evaluate
     from bbvi_conv.families import (
         FAMILIES,
         IAF,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         Planar,
         Radial,
         RealNVP,
+        ScoreMeanField,
         SoftClip,
         Softplus,
         Structured,
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
         ProximalSGD,
         ScaleFloor,
         TheoremAdam,
+        Within,
         gradient_mapping,
     )
     from bbvi_conv.program.build import build
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
     from bbvi_conv.recipe import ModelSource
     from bbvi_conv.run import FitState, Settings
     from bbvi_conv.theory import Assumptions, assumptions
+    from bbvi_conv.variational_em import VariationalEM
     from bbvi_conv.verdict import Verdict
 
 __version__ = "0.1.0"
@@ -124,6 +128,7 @@ _WHERE = {
     "RealNVP": "families",
     "ScaleFloor": "optim",
     "scan": "program.scan",
+    "ScoreMeanField": "families",
     "Settings": "run",
     "SGD": "optim",
     "signal_to_noise": "monitor.signal",
@@ -136,9 +141,14 @@ _WHERE = {
     "StudentT": "families",
     "Sylvester": "families",
     "TheoremAdam": "optim",
+    "VariationalEM": "variational_em",
     "Verdict": "verdict",
     "VRIWAE": "objectives",
+    "Within": "optim",
 }
+
+_ROOMS = ("data", "evaluate")
+"""Rooms that are used by their name, as in ``bc.evaluate.log_likelihood``."""
 
 __all__ = [
     "CIWAE",
@@ -186,6 +196,7 @@ __all__ = [
     "Radial",
     "RealNVP",
     "ScaleFloor",
+    "ScoreMeanField",
     "Settings",
     "SignalToNoise",
     "SoftClip",
@@ -195,10 +206,14 @@ __all__ = [
     "StudentT",
     "Sylvester",
     "TheoremAdam",
+    "VariationalEM",
     "Verdict",
+    "Within",
     "assumptions",
     "bounded_mlp",
     "build",
+    "data",
+    "evaluate",
     "fit",
     "gradient_mapping",
     "load",
@@ -209,6 +224,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

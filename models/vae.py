@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import pyro
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 import bbvi_conv as bc
-from bbvi_conv.data import mnist
+from bbvi_conv.data import binarised, mnist
 
 PIXELS, HIDDEN, LATENT = 784, 400, 20
 
@@ -48,5 +47,4 @@ def pixels(images: Tensor) -> Tensor:
 def data() -> tuple[Tensor]:
     """The 60,000 training images, binarised once: uint8 ``(60000, 28, 28)``, each value 0 or 255."""
     images, _ = mnist("train")
-    threshold = torch.randint(255, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return ((threshold < images).to(torch.uint8) * 255,)
+    return (binarised(images, seed=0),)

@@ -7,17 +7,27 @@ known, downloaded into that cache once.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import shutil
 import stat
+import tarfile
 import tempfile
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 VARIABLE = "BBVI_CONV_DATA"
+LARGEST = 256 * 2**20
+"""Bytes that a member of an archive may have, where nothing else is said."""
 
 
 def locate(relative: str, *, url: str | None = None, sha256: str | None = None) -> Path:
@@ -68,7 +78,37 @@ def escapes(name: str) -> bool:
     return not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]
 
 
-def read_single_member(path: Path, *, limit: int = 256 * 2**20) -> bytes:
+@contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip archive whose members all lie inside their folder and are no links.
+
+    Raises:
+        ValueError: no sound zip archive, or an unsafe member.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if escapes(info.filename) or stat.S_ISLNK(info.external_attr >> 16):
+                    raise ValueError(
+                        f"{path} holds the unsafe member {info.filename!r}; get the archive from its source again"
+                    )
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is not a sound zip archive ({error}); get it from its source again") from error
+
+
+def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, *, limit: int) -> bytes:
+    """The content of one member; nothing is written to disk.
+
+    Raises:
+        ValueError: it unpacks to more than ``limit`` bytes.
+    """
+    with archive.open(info) as member:
+        content = member.read(limit + 1)
+    return _within(content, limit, path)
+
+
+def read_single_member(path: Path, *, limit: int = LARGEST) -> bytes:
     """The content of the only file in a zip archive; nothing is written to disk.
 
     Args:
@@ -78,22 +118,72 @@ def read_single_member(path: Path, *, limit: int = 256 * 2**20) -> bytes:
         ValueError: the file is no sound zip archive, holds another number of files than one, holds a member whose name
             leaves the folder or that is a link, or unpacks to more than ``limit`` bytes.
     """
+    with open_zip(path) as archive:
+        files = [info for info in archive.infolist() if not info.is_dir()]
+        if len(files) != 1:
+            raise ValueError(f"{path} holds {len(files)} files, expected one; get the archive from its source again")
+        return read_member(archive, files[0], path, limit=limit)
+
+
+def read_tar_member(path: Path, name: str, *, limit: int = LARGEST) -> bytes:
+    """The content of a plain file in a gzipped tar archive, by its exact name; nothing is written to disk.
+
+    Raises:
+        ValueError: no sound archive, no plain file of that name, or more than ``limit`` bytes.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if escapes(info.filename) or stat.S_ISLNK(info.external_attr >> 16):
+        with tarfile.open(path, "r:gz") as archive:
+            info = next((member for member in archive if member.name == name), None)
+            file = archive.extractfile(info) if info is not None and info.isreg() else None
+            if file is None:
+                raise ValueError(f"{path} has no plain file {name}; get the archive from its source again")
+            content = file.read(limit + 1)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a sound tar.gz archive ({error}); get it from its source again") from error
+    return _within(content, limit, path)
+
+
+def read_arrays(path: Path, rows: Mapping[str, tuple[int, ...]]) -> list[npt.NDArray[Any]]:
+    """Arrays of an npz file by name, all with as many rows; never unpickled.
+
+    Args:
+        path: the file.
+        rows: name -> shape of one row; numbers alone are integers of any type, images bytes.
+    Raises:
+        ValueError: no sound npz file, a missing array, another shape or type, or different numbers of rows.
+    """
+    found: list[npt.NDArray[Any]] = []
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            for name, shape in rows.items():
+                if name not in arrays:
+                    raise ValueError(f"it has no array {name!r}")
+                array = arrays[name]
+                wanted = array.dtype == np.uint8 if shape else np.issubdtype(array.dtype, np.integer)
+                if array.shape[1:] != shape or array.ndim != len(shape) + 1 or not wanted:
                     raise ValueError(
-                        f"{path} holds the unsafe member {info.filename!r}; get the archive from its source again"
+                        f"its {name} is {array.dtype} {array.shape}, wanted (N, {', '.join(map(str, shape))})"
                     )
-            files = [info for info in archive.infolist() if not info.is_dir()]
-            if len(files) != 1:
-                raise ValueError(
-                    f"{path} holds {len(files)} files, expected one; get the archive from its source again"
-                )
-            with archive.open(files[0]) as member:
-                content = member.read(limit + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is not a sound zip archive ({error}); get it from its source again") from error
+                found.append(array)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not the npz file it should be ({error}); get it again") from error
+    if len({len(array) for array in found}) != 1:
+        raise ValueError(f"{path} has {[len(array) for array in found]} rows in {', '.join(rows)}; get it again")
+    return found
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Refuse an option that is not one of the choices.
+
+    Raises:
+        ValueError: naming the option and the choices.
+    """
+    if value not in choices:
+        *most, last = (repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be {', '.join(most)}{' or ' * bool(most)}{last}, got {value!r}")
+
+
+def _within(content: bytes, limit: int, path: Path) -> bytes:
     if len(content) > limit:
         raise ValueError(f"{path} unpacks to more than {limit} bytes; this is not the file it should be")
     return content

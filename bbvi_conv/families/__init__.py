@@ -9,7 +9,7 @@ from bbvi_conv.families.amortized import Amortized
 from bbvi_conv.families.flows import IAF, NeuralSpline, Planar, Radial, RealNVP, Sylvester
 from bbvi_conv.families.full_rank import FullRank
 from bbvi_conv.families.low_rank import LowRank
-from bbvi_conv.families.mean_field import MeanField
+from bbvi_conv.families.mean_field import MeanField, ScoreMeanField
 from bbvi_conv.families.mixture import Mixture
 from bbvi_conv.families.scale_maps import SCALE_MAPS, Exp, Linear, SoftClip, Softplus
 from bbvi_conv.families.structured import Structured
@@ -47,6 +47,7 @@ __all__ = [
     "Planar",
     "Radial",
     "RealNVP",
+    "ScoreMeanField",
     "SoftClip",
     "Softplus",
     "Structured",

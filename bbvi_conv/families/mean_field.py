@@ -35,6 +35,18 @@ class DiagonalNormal(dist.Normal):  # type: ignore[misc]
         return log_normal((value - self.loc) / self.scale if eps is None else eps, self.scale)
 
 
+class ScoredNormal(DiagonalNormal):
+    """The same law with draws that carry no gradient: what is known of it is the score of its density."""
+
+    has_rsample = False
+
+    def sample(self, sample_shape: Size = SCALAR) -> Tensor:
+        """Draw, detached."""
+        eps = torch.empty(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device).normal_()
+        value: Tensor = self.loc.detach() + self.scale.detach() * eps
+        return value
+
+
 @dataclass(frozen=True)
 class MeanField(VectorFamily):
     r"""Factorised Gaussian :math:`q(z) = \prod_i N(z_i \mid m_i, \phi(s_i)^2)` on the unconstrained space.
@@ -74,3 +86,15 @@ class MeanField(VectorFamily):
     def law(self, values: Mapping[str, Tensor], layers: Any) -> Any:
         """A vector of independent normals."""
         return DiagonalNormal(values["loc"], values["scale"]).to_event(1)
+
+
+@dataclass(frozen=True)
+class ScoreMeanField(MeanField):
+    """:class:`MeanField` whose gradient is that of the score function, for comparison: it asks nothing of log p.
+
+    Reference: Ranganath et al. (2014), "Black box variational inference", https://arxiv.org/abs/1401.0118
+    """
+
+    def coordinates(self, loc: Tensor, scale: Tensor, **more: Tensor) -> ScoredNormal:
+        """A normal of every coordinate, drawn without a gradient."""
+        return ScoredNormal(loc, scale)

@@ -8,6 +8,7 @@ from bbvi_conv.optim.projected import Ball, Projected, ProjectedSGD, ScaleFloor,
 from bbvi_conv.optim.proximal import ProximalSGD
 from bbvi_conv.optim.scales import Scales
 from bbvi_conv.optim.step_sizes import Constant, CosineDecay, ExponentialDecay, InverseLinear, InverseSqrt, StepSize
+from bbvi_conv.optim.within import Within
 
 __all__ = [
     "SGD",
@@ -27,6 +28,7 @@ __all__ = [
     "Scales",
     "StepSize",
     "TheoremAdam",
+    "Within",
     "empty_average",
     "gradient_mapping",
     "include",
