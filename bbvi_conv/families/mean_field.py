@@ -42,7 +42,7 @@ class ScoredNormal(DiagonalNormal):
 
     def sample(self, sample_shape: Size = SCALAR) -> Tensor:
         """Draw, detached."""
-        eps = torch.empty(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device).normal_()
+        eps = normals(self._extended_shape(sample_shape), self.loc)
         value: Tensor = self.loc.detach() + self.scale.detach() * eps
         return value
 
