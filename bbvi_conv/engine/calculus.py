@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from bbvi_conv.engine.streams import Feed
 from bbvi_conv.objectives.objective import Objective
 from bbvi_conv.program.buffers import buffers_kept
-from bbvi_conv.program.graphs import simplify
+from bbvi_conv.program.graphs import simplify, widest
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
@@ -25,7 +25,7 @@ CHUNK = 20_000_000
 """Numbers a vectorised evaluation may hold per parameter-sized array."""
 LANES, VECTORS = (8, 32, 256), (1, 8, 32)
 """Evaluations, and vectors of a curvature product, in one call of a mapped graph: few choices, each a graph."""
-WORTH = 2**17
+WORTH = 2**20
 """Numbers in an array from which more evaluations in one call gain nothing: torch's own work is then the cost."""
 
 
@@ -85,6 +85,7 @@ class Calculus:
         self.vectorise = isinstance(log_weights, TracedLogWeights) and log_weights.maps(joint=not objective.split)
         self.particles = over_draws(log_weights, (False, False, False, True, False), vectorise=self._many)
         self._graphs: dict[Any, Callable[..., Any]] = {}
+        self._widths: dict[str, int] = {}
 
     @classmethod
     def of(cls, program: Program, objective: Objective, normaliser: float) -> Calculus:
@@ -147,7 +148,8 @@ class Calculus:
                 return method(x, Noise(normal, uniform), Batch(args, indices), *rest)
 
             if self.traced:
-                self._graphs[name] = simplify(to_graph(flat, *_flatten(x, noise, batch, *more), functional=False))
+                graph = simplify(to_graph(flat, *_flatten(x, noise, batch, *more), functional=False))
+                self._graphs[name], self._widths[name] = graph, widest(graph)
             else:
                 self._graphs[name] = flat
         return self._graphs[name]
@@ -162,7 +164,6 @@ class Calculus:
         n = torch.full((), step, dtype=x.dtype, device=x.device)
         count, many = len(feed.noise.normal), x.dim() == 2
         first = feed.batch(self.program, 0)
-        widest = max(x.shape[-1], sum(self.program.layout), *(a.numel() for a in first.args), 1) * self.runs
         single = [v[0] if self.vectorise else v for v in vectors]
         function = self.function(name, x[0] if many else x, feed.noise.at(0), first, n, *single)
         flags = [many, True, True, *(feed.moving for _ in first.args)]
@@ -174,15 +175,13 @@ class Calculus:
 
         if self.vectorise and (count > 1 or vectors):
             try:
-                return self._in_lanes(name, function, flags, flat, count, widest, bool(vectors))
+                return self._in_lanes(name, function, flags, flat, count, bool(vectors))
             except RuntimeError:  # an operation that vmap cannot map
                 self.vectorise = False
                 if vectors:
                     return torch.cat([self._map(name, x, feed, step, v) for v in vectors[0]], 1)
         with buffers_kept(() if self.traced else self.program.modules):
-            piece = max(1, CHUNK // widest)
-            loop = over_draws(function, flags, vectorise=False)
-            return _joined([loop(*flat(slice(i, min(i + piece, count)))) for i in range(0, count, piece)])
+            return over_draws(function, flags, vectorise=False)(*flat(slice(count)))
 
     def _in_lanes(
         self,
@@ -191,12 +190,11 @@ class Calculus:
         flags: list[bool],
         flat: Callable[[slice], list[Tensor]],
         count: int,
-        widest: int,
         products: bool,
     ) -> Any:
         """By a graph of many evaluations at once, in lanes of a fixed number; what fills the last lanes is dropped."""
-        numbers = widest * (VECTORS[-1] if products else 1)
-        lanes = min(_fitting(LANES, min(count, WORTH // numbers)), max(1, CHUNK // widest))
+        numbers = self._widths[name] * (VECTORS[-1] if products else 1)
+        lanes = min(_fitting(LANES, min(count, WORTH // numbers)), max(1, CHUNK // numbers))
         results = []
         for start in range(0, count, lanes):
             inputs = flat(slice(start, min(start + lanes, count)))

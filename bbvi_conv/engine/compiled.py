@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from bbvi_conv.engine.engine import Carry, TracedEngine
 from bbvi_conv.engine.native import NativeLoop
 from bbvi_conv.engine.streams import Stream
+from bbvi_conv.program.graphs import widest
 
 LARGE = 2**15
 """Numbers in the widest tensor of a step from which generated code uses every thread."""
@@ -67,7 +68,4 @@ class CompiledEngine:
 
 
 def _threads(graph: GraphModule) -> int:
-    sizes = [
-        n.meta["tensor_meta"].shape.numel() for n in graph.graph.nodes if hasattr(n.meta.get("tensor_meta"), "shape")
-    ]
-    return torch.get_num_threads() if max(sizes, default=0) >= LARGE else 1
+    return torch.get_num_threads() if widest(graph) >= LARGE else 1

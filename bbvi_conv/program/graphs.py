@@ -27,6 +27,12 @@ def results(graph: GraphModule) -> list[Any]:
     return [node.meta["tensor_meta"] for node in made if isinstance(node, Node)]
 
 
+def widest(graph: GraphModule) -> int:
+    """Numbers in the largest tensor that an evaluation computes."""
+    kinds = (node.meta.get("tensor_meta") for node in graph.graph.nodes if node.op == "call_function")
+    return max((kind.shape.numel() for kind in kinds if kind is not None), default=1)
+
+
 def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
     """The graph with its constant tensors as further inputs, after the others, and the constants.
 
