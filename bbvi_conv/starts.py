@@ -37,7 +37,7 @@ def starts(program: Program, settings: Settings, recipe: Recipe, init: Fit | Non
         ValueError: a model that has other parameters under another seed, or none in common with the earlier fit.
     """
     if init is not None:
-        return [_warm_start(program, init, settings.seed)] * settings.num_seeds
+        return [warm_start(program, init, settings.seed)] * settings.num_seeds
     found = [program.initial()]
     for seed in range(settings.seed + 1, settings.seed + settings.num_seeds):
         with warnings.catch_warnings():
@@ -79,7 +79,7 @@ WARM_DRAWS = 4096
 """Draws of an earlier fit by which another family is placed: locations are then good to 1/64 of a scale."""
 
 
-def _warm_start(program: Program, init: Fit, seed: int) -> Tensor:
+def warm_start(program: Program, init: Fit, seed: int) -> Tensor:
     """Initial parameters: the program's own, replaced by those of an earlier fit where name and shape agree.
 
     Where no variational parameter has the name of an earlier one, as in another family, a guide that can be placed is

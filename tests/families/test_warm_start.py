@@ -12,9 +12,9 @@ from torch import Tensor
 
 import bbvi_conv as bc
 from bbvi_conv.families import IAF, Exp, FullRank, LowRank, MeanField, Mixture, NeuralSpline, RealNVP, SoftClip
-from bbvi_conv.fitting import _start
 from bbvi_conv.posterior import draw
 from bbvi_conv.program.build import build
+from bbvi_conv.starts import warm_start
 
 QUICK: dict[str, Any] = {"progress": False, "window": 50, "khat_draws": 200, "max_steps": 100, "dtype": torch.float64}
 
@@ -55,19 +55,19 @@ def free(draws: dict[str, Tensor]) -> Tensor:
 )
 def test_a_richer_family_starts_where_the_first_ended(first: bc.Fit, data: Tensor, family: Any) -> None:
     program = build(model, None, (data,), family=family, dtype=torch.float64)
-    x = _start(program, first, seed=0)
+    x = warm_start(program, first, seed=0)
     count = 4000
     old, new = free(first.sample(count)), free(draw(program, x, count, 1).latent)
     scale = old.std(0)
     assert (scale < 2).all()  # power: not the prior, whose scale is 10
     assert ((new.mean(0) - old.mean(0)).abs() < 5 * scale * (2 / count) ** 0.5).all()
     assert ((new.std(0) / scale - 1).abs() < 0.08).all()
-    assert torch.equal(x, _start(program, first, seed=0))
+    assert torch.equal(x, warm_start(program, first, seed=0))
 
 
 def test_components_of_a_mixture_start_around_it(first: bc.Fit, data: Tensor) -> None:
     program = build(model, None, (data,), family=Mixture(3, spread=0.1), dtype=torch.float64)
-    starts = program.constrained(_start(program, first, seed=0))["MixtureGuide.loc"]
+    starts = program.constrained(warm_start(program, first, seed=0))["MixtureGuide.loc"]
     centre = free(first.sample(4000)).mean(0)
     assert starts.std(0).min() > 0
     assert ((starts - centre).abs() < 0.5).all()
@@ -75,12 +75,12 @@ def test_components_of_a_mixture_start_around_it(first: bc.Fit, data: Tensor) ->
 
 def test_the_same_family_with_another_scale_map_keeps_its_scales(first: bc.Fit, data: Tensor) -> None:
     program = build(model, None, (data,), family=MeanField(scale_map=Exp()), dtype=torch.float64)
-    moved = program.constrained(_start(program, first, seed=0))
+    moved = program.constrained(warm_start(program, first, seed=0))
     for name, value in first.constrained_params.items():
         torch.testing.assert_close(moved[name], value, rtol=1e-12, atol=0)
     clipped = MeanField(0.001, SoftClip(1e-4, 0.002))
     program = build(model, None, (data,), family=clipped, dtype=torch.float64)
-    moved = program.constrained(_start(program, first, seed=0))
+    moved = program.constrained(warm_start(program, first, seed=0))
     assert all(torch.isfinite(value).all() for value in moved.values())
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bbvi_conv.engine.native.hazards import overwritten_too_soon
 from bbvi_conv.engine.native.inductor import (
     DebugContext,
     FakeTensorMode,
@@ -132,16 +133,36 @@ class _Lowering:
     def instructions(
         self, graph: GraphModule, given: Sequence[Tensor], carry: int, outs: Sequence[Tensor]
     ) -> list[Instruction]:
-        """What computes ``graph`` on ``given``, its first results back into ``given``, the others into ``outs``."""
+        """What computes ``graph`` on ``given``, its first results back into ``given``, the others into ``outs``.
+
+        Where Inductor's order would read a value after the new one has taken its place, results are copied at the end.
+        """
+        own = given[:carry]
+        made, sources = self._written(graph, given, [*own, *outs])
+        copies: list[Copy] = []
+        if overwritten_too_soon(made, sources, {self.recorder.slot(t) for t in own}, self.recorder):
+            with self.mode:
+                apart = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in own]
+            made, sources = self._written(graph, given, [*apart, *outs])
+            place = self.recorder.place
+            copies = [_copy(place(new), place(old), old, "") for new, old in zip(apart, own, strict=True)]
+        self.sources += sources
+        return [*(i for part in made for i in (self._scan(part) if isinstance(part, Pending) else [part])), *copies]
+
+    def _written(
+        self, graph: GraphModule, given: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> tuple[list[Instruction | Pending], list[str]]:
+        """What computes ``graph`` on ``given`` and writes its results to ``targets``; and the kernels' text."""
+        changed = [t for t in targets if all(t is not g for g in given)]
+        everything = [*given, *changed]
 
         def step(*flat: Tensor) -> tuple[()]:
-            inputs, outs = flat[: len(given)], flat[len(given) :]
-            values = Interpreter(graph).run(*inputs)
-            for target, value in zip((*inputs[:carry], *outs), values, strict=True):
-                target.copy_(value)
+            memory = dict(zip(map(id, everything), flat, strict=True))
+            values = Interpreter(graph).run(*flat[: len(given)])
+            for target, value in zip(targets, values, strict=True):
+                memory[id(target)].copy_(value)
             return ()
 
-        everything = [*given, *outs]
         with self.mode:
             pure = make_fx(step, decomposition_table=_decompositions())(*everything)
         pure = GraphModule(pure, fx_graph_cse(pure.graph))
@@ -150,10 +171,9 @@ class _Lowering:
         code = _lower(pure, everything, self.mode)
         self.recorder.code = []
         with self.mode:
-            self.sources += record(code, everything, self.recorder, f"k{self._graphs}_")
+            sources = record(code, everything, self.recorder, f"k{self._graphs}_")
         self._graphs += 1
-        made = self.recorder.code
-        return [i for part in made for i in (self._scan(part) if isinstance(part, Pending) else [part])]
+        return self.recorder.code, sources
 
     def _scan(self, scan: Pending) -> list[Instruction]:
         """A loop over the body of a scan, with copies of slices in and out."""
