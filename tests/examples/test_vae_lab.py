@@ -48,7 +48,7 @@ def test_a_cell_is_measured_once_and_again_under_other_settings(lab: ModuleType,
 
 
 def test_the_orthogonal_autoencoder_finds_the_principal_subspace(lab: ModuleType) -> None:
-    """Gaussian data with variances 9, 4 and then 1/4: the sine of the largest angle is under 0.1, columns orthonormal."""
+    """Gaussian data with variances 9, 4 and then 1/4: the sine of the largest angle is under 0.1."""
     scales = torch.tensor([3.0, 2.0, *[0.5] * 6])
     basis = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
     x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(1)) * scales @ basis.T
