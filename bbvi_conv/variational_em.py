@@ -10,12 +10,13 @@ Source: Cremer, Li and Duvenaud (2018), https://arxiv.org/abs/1801.03558; Hoffma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import transform_to
 
 from bbvi_conv.engine.choose import make_engine
 from bbvi_conv.engine.engine import Engine, start_carry
@@ -96,13 +97,26 @@ class VariationalEM:
         if self.gradient == "score-function" and self.num_particles < 2:
             raise ValueError("the score function needs num_particles of at least 2 for its baseline")
 
-    def e_step(self, source: Fit | Callable[..., Any], args: tuple[Any, ...] | Tensor) -> Factors:
+    def e_step(
+        self,
+        source: Fit | Callable[..., Any],
+        args: tuple[Any, ...] | Tensor,
+        *,
+        draws: Mapping[str, Tensor] | None = None,
+    ) -> Factors:
         """The best factors of these data at the parameters of a fit, or at those a model starts with.
+
+        Args:
+            source: a fit with an encoder, whose theta is taken, or a model.
+            args: positional arguments of the model over the data.
+            draws: of the latent sites for these data, ``(S, ...)``, at whose locations and scales the factors start.
 
         Raises:
             ValueError: as for :func:`bbvi_conv.fit`.
         """
         program, x = self._program(source, args)
+        if draws is not None and hasattr(program.guide, "placed"):
+            x = _placed(program, x, program.guide.placed(draws))
         return self._e_step(_Half(self, program, "phi"), x, 0)
 
     def fit(self, source: Fit | Callable[..., Any], args: tuple[Any, ...] | Tensor, rounds: int = 20) -> Factors:
@@ -152,6 +166,18 @@ class VariationalEM:
                 done = float((mean - previous)[half.part].square().mean().sqrt()) < self.tol
             previous, bound = mean, after
         return Factors(half.program, previous, before + steps, done, tuple(history))
+
+
+def _placed(program: Program, x: Tensor, starts: Mapping[str, Tensor]) -> Tensor:
+    """Parameters with those constrained values in place, where they are finite once unconstrained."""
+    parts = []
+    for leaf, own in zip(program.leaves, torch.split(x, program.sizes), strict=True):
+        start = starts.get(leaf.name)
+        if start is not None:
+            free = transform_to(leaf.constraint).inv(start).reshape(-1).to(x)
+            own = torch.where(torch.isfinite(free), free, own)
+        parts.append(own)
+    return torch.cat(parts)
 
 
 class _Half:

@@ -96,15 +96,15 @@ def test_both_gaps_equal_their_closed_forms() -> None:
         khat_draws=10,
         progress=False,
     )
-    exact = evaluate.log_likelihood(fit, (X,), num_particles=20_000)
+    exact = evaluate.log_likelihood(fit, (X,), num_particles=10_000)
     em = bc.VariationalEM(tol=1e-4, window=100, max_steps=1000, engine="traced")
-    found = evaluate.inference_gaps(fit, (X,), exact, em=em, num_particles=20_000)
+    found = evaluate.inference_gaps(fit, (X,), exact, em=em, num_particles=10_000)
     assert found.converged
     for gap, wanted in ((found.approximation, APPROXIMATION), (found.amortization, float(amortization().mean()))):
         mean = gap.mean
         assert mean.value is not None
         assert mean.low is not None
-        assert mean.value - mean.low < 0.012
+        assert mean.value - mean.low < 0.015
         assert abs(mean.value - wanted) < 0.01
     assert float(amortization().min()) > 0.02
     torch.testing.assert_close(found.inference.values, found.approximation.values + found.amortization.values)

@@ -22,6 +22,7 @@ from bbvi_conv.evaluate.result import LogLikelihood, PerDatum
 from bbvi_conv.evaluate.subject import Source, Subject, subject
 from bbvi_conv.fitting import Fit
 from bbvi_conv.objectives.checks import check_count
+from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.noise import generator
 from bbvi_conv.variational_em import VariationalEM
 
@@ -95,6 +96,21 @@ def _elbo(found: Subject, draws: int, seed: int, level: float) -> PerDatum:
     return PerDatum(torch.cat(values), torch.cat(errors), level)
 
 
+def _draws(found: Subject, seed: int, count: int = 64) -> dict[str, Tensor]:
+    """Draws of the latent sites for all data, ``(count, N, ...)``."""
+    program, names = found.program, [site.name for site in found.program.structure.latents]
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for index, (part, counted) in enumerate(found.parts()):
+        gen = generator(seed, f"{STREAM} start {index}", 0, program.device)
+        noise = program.layout.draw(gen, count, dtype=program.dtype)
+        with torch.no_grad(), buffers_kept(program.modules):
+            traces = [program.drawn(found.x, noise.at(i), part) for i in range(count)]
+        for name in names:
+            drawn = torch.stack([trace.nodes[name]["value"] for trace in traces])
+            parts[name].append(drawn[:, :counted])
+    return {name: torch.cat(pieces, 1) for name, pieces in parts.items()}
+
+
 def inference_gaps(
     fit: Fit,
     data: Any,
@@ -118,7 +134,7 @@ def inference_gaps(
     Raises:
         ValueError: log-likelihoods of another number of data, or as for :func:`bbvi_conv.fit`.
     """
-    factors = (em or VariationalEM()).e_step(fit, data)
+    factors = (em or VariationalEM()).e_step(fit, data, draws=_draws(subject(fit, data, batch=100), seed))
     best = _elbo(Subject(factors.program, factors.x), num_particles, seed, log_p.per_datum.level)
     if best.values.shape != log_p.values.shape:
         raise ValueError(f"log_p is of {len(log_p.values)} data, the gaps are of {len(best.values)}")
