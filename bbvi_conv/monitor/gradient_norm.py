@@ -17,6 +17,8 @@ from torch import Tensor
 from bbvi_conv.monitor.intervals import Estimate, student_quantile
 
 MIN_GRADIENTS = 4
+LARGEST = 1e75
+"""Entries of a Gram matrix stay below it: gradients as large as float32 can hold, and fourth powers in float64."""
 _CHUNK = 1 << 20  # numbers turned into float64 at a time
 
 
@@ -133,7 +135,7 @@ def squared_norm(gram: Tensor, level: float = 0.95) -> SquaredNorm:
         gram: ``(J, J)``, J >= 4.
         level: coverage of the interval.
     Raises:
-        ValueError: if ``gram`` is not square, has fewer than 4 rows, or is not finite.
+        ValueError: if ``gram`` is not square, has fewer than 4 rows, or is not :func:`usable`.
     Reference: Chen and Qin (2010), https://doi.org/10.1214/09-AOS716 (U); Himeno and Yamada (2014),
         Journal of Multivariate Analysis 130, 27-44 (t2).
     Example:
@@ -147,8 +149,11 @@ def squared_norm(gram: Tensor, level: float = 0.95) -> SquaredNorm:
     if count < MIN_GRADIENTS:
         raise ValueError(f"num_gradients must be at least {MIN_GRADIENTS} to estimate the noise, got {count}")
     products = gram.detach().to("cpu", torch.float64).numpy()
-    if not np.isfinite(products).all():
-        raise ValueError("gram holds a non-finite entry: a gradient at this look is not finite, stop the run before it")
+    if not usable(gram):
+        raise ValueError(
+            "gram holds a non-finite entry, or one whose fourth power is: a gradient at this look is not finite or "
+            "beyond float32, stop the run before it"
+        )
 
     along_mean = products.mean(0)  # g_j . gbar
     mean_norm_sq = float(along_mean.mean())
@@ -162,6 +167,11 @@ def squared_norm(gram: Tensor, level: float = 0.95) -> SquaredNorm:
     scale = _noise_scale(value, trace, trace_sq, along_gradient, mean_norm_sq, floor, count)
     low, high = ends(value, 4.0 * scale / count, floor, student_quantile(level, count - 1))
     return SquaredNorm(value, low, high, max(trace, 0.0), trace_sq, scale, mean_norm_sq, count)
+
+
+def usable(gram: Tensor) -> bool:
+    """Whether figures can be had of a Gram matrix: finite, and so are the fourth powers that their errors take."""
+    return bool((gram.detach().abs() < LARGEST).all())
 
 
 def _trace_sigma_sq(centred: np.ndarray) -> float:
