@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[Any, float]] = {
     BASE: (bc.FullRank(1.0), 0.01),
     "real-nvp": (bc.RealNVP(init_scale=1.0), 0.003),
     "iaf": (bc.IAF(init_scale=1.0), 0.003),
-    "neural-spline": (bc.NeuralSpline(init_scale=1.0), 0.01),
+    "neural-spline": (bc.NeuralSpline(init_scale=1.0), 0.003),
     "sylvester": (bc.Sylvester(init_scale=1.0), 0.01),
     "mixture": (bc.Mixture(4, bc.FullRank(1.0), spread=3.0), 0.1),
     "mixture-of-flows": (bc.Mixture(2, bc.RealNVP(num_layers=4, init_scale=1.0), spread=3.0), 0.003),
