@@ -16,6 +16,7 @@ from bbvi_conv.engine.choose import make_engine
 from bbvi_conv.engine.engine import Carry, Engine, start_carry
 from bbvi_conv.engine.streams import Stream
 from bbvi_conv.families import MeanField
+from bbvi_conv.monitor.gradient_norm import usable
 from bbvi_conv.monitor.judge import WIDE, Check, Judge, width
 from bbvi_conv.monitor.seeds import over_seeds
 from bbvi_conv.monitor.state import MonitorState, Summary, look, update
@@ -361,7 +362,7 @@ class Run:
 
         def note(seed: int, one: FitState) -> FitState:
             grams, losses, noise = seen[seed]
-            if not all(bool(gram.isfinite().all()) for gram in grams.values()):
+            if not all(usable(gram) for gram in grams.values()):
                 return one._replace(carry=one.carry._replace(bad=one.carry.step.clone()))
             bound, error = -float(losses.mean()), float(losses.std()) / len(losses) ** 0.5
             entry = look(step, index, self.strata.bounds(index), grams, bound=bound, bound_error=error, noise=noise)

@@ -1,6 +1,6 @@
 """KL(q || p) in nats of every family on targets of known density, all given the same time.
 
-    python examples/bbvi_families.py --seconds 3 --seeds 10 --out runs/bbvi_families
+    python examples/bbvi_families.py --seconds 1 --seeds 10 --out runs/bbvi_families
 
 The evidence of a target is one, so KL(q || p) is the mean of log q - log p over draws of q. The clock is the time that
 the processor spends, which is the wall clock of a machine with nothing else to do. A family's number of steps is what
@@ -33,12 +33,13 @@ FAMILIES: dict[str, tuple[Any, float]] = {
     BASE: (bc.FullRank(1.0), 0.01),
     "real-nvp": (bc.RealNVP(init_scale=1.0), 0.003),
     "iaf": (bc.IAF(init_scale=1.0), 0.003),
-    "neural-spline": (bc.NeuralSpline(init_scale=1.0), 0.01),
+    "neural-spline": (bc.NeuralSpline(init_scale=1.0), 0.003),
     "sylvester": (bc.Sylvester(init_scale=1.0), 0.01),
     "mixture": (bc.Mixture(4, bc.FullRank(1.0), spread=3.0), 0.1),
     "mixture-of-flows": (bc.Mixture(2, bc.RealNVP(num_layers=4, init_scale=1.0), spread=3.0), 0.003),
 }
-"""Name -> family and first step size, the one of 0.003, 0.01, 0.03 and 0.1 with the least KL after 4,000 steps."""
+"""Name -> family and first step size: of those tried, a factor of about three apart, the one that did best on the
+funnel after 4,000 steps of one seed. Full-rank was as good, to the error of its KL, at 0.01, 0.03 and 0.1."""
 DRAWS = 8
 
 
@@ -122,7 +123,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for results.json and table.md")],
-    seconds: Annotated[float, typer.Option(help="of the processor, a run")] = 3.0,
+    seconds: Annotated[float, typer.Option(help="of the processor, a run")] = 1.0,
     seeds: Annotated[int, typer.Option(help="runs of a family on a target", min=1)] = 10,
     targets: Annotated[str, typer.Option(help="comma-separated")] = ",".join(TARGETS),
     families: Annotated[str, typer.Option(help="comma-separated")] = ",".join(FAMILIES),

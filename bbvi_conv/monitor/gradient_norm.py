@@ -17,6 +17,8 @@ from torch import Tensor
 from bbvi_conv.monitor.intervals import Estimate, student_quantile
 
 MIN_GRADIENTS = 4
+LARGEST = 1e75
+"""Entries of a Gram matrix stay below it: gradients as large as float32 can hold, and fourth powers in float64."""
 _CHUNK = 1 << 20  # numbers turned into float64 at a time
 
 
@@ -133,7 +135,7 @@ def squared_norm(gram: Tensor, level: float = 0.95) -> SquaredNorm:
         gram: ``(J, J)``, J >= 4.
         level: coverage of the interval.
     Raises:
-        ValueError: if ``gram`` is not square, has fewer than 4 rows, or is not finite.
+        ValueError: if ``gram`` is not square, has fewer than 4 rows, or is not :func:`usable`.
     Reference: Chen and Qin (2010), https://doi.org/10.1214/09-AOS716 (U); Himeno and Yamada (2014),
         Journal of Multivariate Analysis 130, 27-44 (t2).
     Example:
@@ -143,7 +145,7 @@ def squared_norm(gram: Tensor, level: float = 0.95) -> SquaredNorm:
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram must be a square matrix (J, J), got shape {tuple(gram.shape)}")
-    products = _checked(gram)
+    products = _checked(gram, LARGEST)
     along_mean = products.mean(0)  # g_j . gbar
     mean_norm_sq = float(along_mean.mean())
     centred = products - along_mean[:, None] - along_mean[None, :] + mean_norm_sq
@@ -162,7 +164,7 @@ def squared_norm_of_draws(gradients: Tensor, level: float = 0.95) -> SquaredNorm
     count, size = gradients.shape
     if count <= size:
         return squared_norm(gram_matrix(gradients), level)
-    draws = _checked(gradients)
+    draws = _checked(gradients, LARGEST**0.5)
     mean = draws.mean(0)
     centred, mean_norm_sq = draws - mean, float(mean @ mean)
     off_diagonal = count * count * mean_norm_sq - _sum_sq(draws)
@@ -174,14 +176,16 @@ def _sum_sq(values: np.ndarray) -> float:
     return float(np.vdot(values, values))
 
 
-def _checked(given: Tensor) -> np.ndarray:
-    """In float64; J rows."""
+def _checked(given: Tensor, largest: float) -> np.ndarray:
+    """In float64; J rows, of numbers below ``largest``."""
     if len(given) < MIN_GRADIENTS:
         raise ValueError(f"num_gradients must be at least {MIN_GRADIENTS} to estimate the noise, got {len(given)}")
-    values = given.detach().to("cpu", torch.float64).numpy()
-    if not np.isfinite(values).all():
-        raise ValueError("gram holds a non-finite entry: a gradient at this look is not finite, stop the run before it")
-    return values
+    if not usable(given, largest):
+        raise ValueError(
+            "gram holds a non-finite entry, or one whose fourth power is: a gradient at this look is not finite or "
+            "beyond float32, stop the run before it"
+        )
+    return given.detach().to("cpu", torch.float64).numpy()
 
 
 def _from_products(
@@ -201,6 +205,11 @@ def _from_products(
     scale = _noise_scale(value, trace, trace_sq, along_gradient, mean_norm_sq, floor, count)
     low, high = ends(value, 4.0 * scale / count, floor, student_quantile(level, count - 1))
     return SquaredNorm(value, low, high, max(trace, 0.0), trace_sq, scale, mean_norm_sq, count)
+
+
+def usable(gram: Tensor, largest: float = LARGEST) -> bool:
+    """Whether figures can be had of a Gram matrix: finite, and so are the fourth powers that their errors take."""
+    return bool((gram.detach().abs() < largest).all())
 
 
 def _trace_sigma_sq(diagonal: np.ndarray, squares: float) -> float:

@@ -9,6 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bbvi_conv.monitor.series import Array
+from bbvi_conv.monitor.strata import Strata, running_means
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C", "#000000")
 """Okabe and Ito (2008), told apart by colour-blind readers."""
 
@@ -16,9 +19,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8
 def falls(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     """One panel for every quantity measured: means over seeds against the step, guides of the expected slope."""
     quantities = list(dict.fromkeys(_panel(row) for row in rows))
-    figure = Figure(figsize=(6.6 * len(quantities), 5.4), layout="constrained")
+    columns = min(3, len(quantities))
+    lines = -(-len(quantities) // columns)
+    figure = Figure(figsize=(6.6 * columns, 5.4 * lines), layout="constrained")
     figure.suptitle(title)
-    for axis, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axis in axes[len(quantities) :]:
+        axis.remove()
+    for axis, quantity in zip(axes, quantities, strict=False):
         shown = [row for row in rows if _panel(row) == quantity]
         for row, colour in zip(shown, _cycle(len(shown)), strict=True):
             _line(axis, row, colour)
@@ -44,15 +52,24 @@ def _cycle(count: int) -> list[str]:
 
 def _line(axis: Axes, row: dict[str, Any], colour: str) -> None:
     curves = [(np.array(n), np.array(v, dtype=float)) for n, v in row["curves"]]
+    label = f"{row['family']}, {row['parameterisation']}, {row['estimator']}, {row['optimiser']}"
+    if "diverged" in row["outcomes"]:
+        axis.plot([], [], color=colour, label=f"{label}: diverged")
+        return
+    if row["quantity"].startswith("E||"):
+        curves = [_running(values) for _, values in curves]
     steps = np.unique(np.concatenate([n for n, _ in curves]))
     steps = steps[steps > 0]
     each = [np.interp(steps, n, v) for n, v in curves]
     mean = np.mean(each, axis=0)
-    if row["quantity"].startswith("E||"):  # unbiased, so single values may be negative: the running mean is shown
-        mean = np.cumsum(mean * np.gradient(steps)) / np.cumsum(np.gradient(steps))
     use = mean > 1e-14
-    label = f"{row['family']}, {row['parameterisation']}, {row['estimator']}, {row['optimiser']}"
     axis.plot(steps[use], mean[use], color=colour, linewidth=1.2, label=label)
+
+
+def _running(values: Array) -> tuple[Array, Array]:
+    """Mean over a uniformly random step up to the end of each stratum: what the theorem bounds, and hardly negative."""
+    ends = np.array([Strata().bounds(index)[1] for index in range(len(values))], dtype=float)
+    return ends, running_means(np.diff(ends, prepend=0.0), values)
 
 
 def _guide(axis: Axes, row: dict[str, Any]) -> None:

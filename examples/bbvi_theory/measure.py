@@ -49,6 +49,8 @@ def measure(row: Row, seeds: int, steps: int) -> dict[str, Any]:
     else:
         curves = [_curve(row, fit, each) for fit, each in zip(fits, seen, strict=True)]
         slopes = [_fitted(curve, geometric=geometric) for curve in curves]
+    lost = sum(fit.state.frozen for fit in fits)
+    slope = unavailable(f"{lost} of {seeds} seeds diverged") if lost else over(slopes)
     return {
         "reference": row.reference,
         "target": row.target.name,
@@ -60,7 +62,7 @@ def measure(row: Row, seeds: int, steps: int) -> dict[str, Any]:
         "quantity": MAPPING if monitored and active else row.quantity,
         "guaranteed": row.guaranteed,
         "expected_slope": row.expected_slope,
-        "slope": over(slopes).to_json() | {"of": "log quantity in n" if geometric else "log-log"},
+        "slope": slope.to_json() | {"of": "log quantity in n" if geometric else "log-log"},
         "gap_nats": _median([_gap(row, fit) for fit in fits]),
         "khat": _median([fit.verdict.numbers["khat"]["value"] for fit in fits]),
         "seconds": time.perf_counter() - began,

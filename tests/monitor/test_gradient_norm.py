@@ -189,13 +189,20 @@ def test_noiseless_gradients_have_no_interval() -> None:
     assert squared_norm(torch.zeros(4, 4)).estimate == (0.0, 0.0, 0.0, "")
 
 
+def test_gradients_at_the_end_of_float32_still_have_figures() -> None:
+    largest = 1e37 * torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    record = squared_norm(gram_matrix(largest))
+    assert all(math.isfinite(number) for number in record)
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="num_gradients must be at least 4"):
         squared_norm(torch.eye(3))
     with pytest.raises(ValueError, match=r"square matrix \(J, J\)"):
         squared_norm(torch.zeros(4, 5))
-    with pytest.raises(ValueError, match="not finite"):
-        squared_norm(torch.full((4, 4), float("nan")))
+    for spoilt in (float("nan"), float("inf"), 1e80):
+        with pytest.raises(ValueError, match="not finite"):
+            squared_norm(torch.full((4, 4), spoilt, dtype=torch.float64))
     with pytest.raises(ValueError, match="same leading dimension"):
         gram_matrix([torch.zeros(4, 2), torch.zeros(5, 2)])
     with pytest.raises(ValueError, match="no leaf"):
