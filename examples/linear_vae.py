@@ -33,7 +33,7 @@ from bbvi_conv.monitor.strata import Strata
 
 @dataclass(frozen=True)
 class Size:
-    """How much work a run does: images, latent dimensions, steps of each kind, images whose posterior is shown."""
+    """How much work a run does: images, latent dimensions, steps of each kind, posteriors shown, draws of a look."""
 
     images: int
     latent: int
@@ -41,9 +41,10 @@ class Size:
     deep_steps: int
     grid_steps: int
     grids: int
+    gradients: int = 32
 
 
-SIZES = {"quick": Size(2_000, 2, 1_000, 100, 150, 2), "default": Size(60_000, 5, 12_000, 3_000, 6_000, 50)}
+SIZES = {"quick": Size(2_000, 2, 1_000, 60, 100, 2, 4), "default": Size(60_000, 5, 12_000, 3_000, 6_000, 50)}
 BARS = {
     "max_principal_angle_deg": 1.0,
     "sigma2_rel_error": 0.02,
@@ -92,6 +93,7 @@ def linear(study: Study, kind: str) -> dict[str, Any]:
         seed=study.seed,
         strata=Strata(min_length=100, growth=0.25),
         window=study.size.steps,
+        num_gradients=study.size.gradients,
         khat_draws=10,
         progress=False,
     )
