@@ -31,8 +31,9 @@ def falls(rows: Sequence[dict[str, Any]], title: str) -> Figure:
         for row, colour in zip(shown, _cycle(len(shown)), strict=True):
             _line(axis, row, colour)
         geometric = quantity.startswith("geometric")
-        axis.set_yscale("log")
-        axis.set_xscale("linear" if geometric else "log")
+        if any(len(line.get_xdata()) for line in axis.get_lines()):  # else every run diverged: no scale without numbers
+            axis.set_yscale("log")
+            axis.set_xscale("linear" if geometric else "log")
         if not geometric:
             _guide(axis, shown[0])
         axis.set_title(quantity)

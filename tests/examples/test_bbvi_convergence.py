@@ -105,6 +105,16 @@ def test_where_a_ball_binds_the_gradient_mapping_takes_the_gradients_place(theor
     assert mapping[-3:].mean() < 0.5 * gradient[-3:].mean()
 
 
+def test_a_row_that_diverged_is_named_and_not_drawn(theory: ModuleType, tmp_path: Path) -> None:
+    row = dict.fromkeys(("family", "parameterisation", "estimator", "optimiser"), "x")
+    row |= {"quantity": "E||grad||^2", "expected_slope": -0.5, "outcomes": ["diverged"], "curves": [[[0], [1e70]]]}
+    figure = theory.figures.falls([row], "all lost")
+    figure.savefig(tmp_path / "lost.png")
+    (axis,) = figure.axes
+    assert [len(line.get_xdata()) for line in axis.get_lines()] == [0]
+    assert axis.get_legend().get_texts()[0].get_text() == "x, x, x, x: diverged"
+
+
 def test_claims_of_log_concavity_agree_with_the_library(theory: ModuleType) -> None:
     for name in ("LINEAR", "LOGISTIC", "FUNNEL", "BANANA", "MODES", "SCHOOLS"):
         target = getattr(theory.targets, name)
