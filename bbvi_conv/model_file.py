@@ -88,14 +88,16 @@ def load_programs(path: str, name: str | None, *, seed: int) -> tuple[Callable[.
             sys.modules[key] = before
 
 
-def load_module(spec: str) -> ModuleType:
+def load_module(spec: str, *, seed: int = 0) -> ModuleType:
     """The file of ``FILE`` run as a module, for what it holds besides: closed forms, constants, other models.
+
+    Its networks are new ones at every call, started under ``seed``.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file fails.
     """
-    return _run(locate_model(spec)[0], 0)
+    return _run(locate_model(spec)[0], seed)
 
 
 def locate_model(spec: str) -> tuple[Path, str | None]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import transform_to
 
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.program import Program
@@ -85,33 +84,16 @@ def warm_start(program: Program, init: Fit, seed: int) -> Tensor:
     Where no variational parameter has the name of an earlier one, as in another family, a guide that can be placed is
     put at the locations and scales that the earlier fit gives to sites of the same name.
     """
-    x = program.initial()
     earlier = {leaf.name: leaf for leaf in init.program.leaves}
-    values = init.constrained_params
-    starts = {
-        leaf.name: values[leaf.name]
-        for leaf in program.leaves
-        if leaf.name in earlier and earlier[leaf.name].tensor.shape == leaf.tensor.shape
-    }
     raw = {name: value for group in init.params.values() for name, value in group.items()}
-    guided = [leaf.name for leaf in program.leaves if leaf.group != "theta"]
-    if not starts.keys() & set(guided) and hasattr(program.guide, "placed"):
+    alike = [leaf for leaf in program.leaves if leaf.name in earlier and raw[leaf.name].shape == leaf.tensor.shape]
+    same = {leaf.name: raw[leaf.name] for leaf in alike if earlier[leaf.name].constraint == leaf.constraint}
+    starts = {leaf.name: init.constrained_params[leaf.name] for leaf in alike if leaf.name not in same}
+    if all(leaf.group == "theta" for leaf in alike) and hasattr(program.guide, "placed"):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             starts |= program.guide.placed(init.sample(WARM_DRAWS))
-    parts, taken = [], 0
-    for leaf, part in zip(program.leaves, torch.split(x, program.sizes), strict=True):
-        start = starts.get(leaf.name)
-        if start is not None:
-            same = leaf.name in earlier and earlier[leaf.name].constraint == leaf.constraint
-            free = raw[leaf.name] if same else transform_to(leaf.constraint).inv(start)
-            flat = free.reshape(-1).to(x)
-            part = torch.where(torch.isfinite(flat), flat, part)  # a scale outside the new range starts as it would
-            taken += 1
-        parts.append(part)
-    if taken == 0:
-        raise ValueError(
-            f"init has no parameter that fits: it holds {sorted(raw)}, "
-            f"this fit {[leaf.name for leaf in program.leaves]}"
-        )
-    return torch.cat(parts)
+    names = [leaf.name for leaf in program.leaves]
+    if not {*same, *starts} & set(names):
+        raise ValueError(f"init has no parameter that fits: it holds {sorted(raw)}, this fit {names}")
+    return program.replaced(program.replaced(program.initial(), same), starts, constrained=True)

@@ -14,9 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.distributions import transform_to
 
 from bbvi_conv.engine.choose import make_engine
 from bbvi_conv.engine.engine import Engine, start_carry
@@ -116,7 +114,7 @@ class VariationalEM:
         """
         program, x = self._program(source, args)
         if draws is not None and hasattr(program.guide, "placed"):
-            x = _placed(program, x, program.guide.placed(draws))
+            x = program.replaced(x, program.guide.placed(draws), constrained=True)
         return self._e_step(_Half(self, program, "phi"), x, 0)
 
     def fit(self, source: Fit | Callable[..., Any], args: tuple[Any, ...] | Tensor, rounds: int = 20) -> Factors:
@@ -130,7 +128,7 @@ class VariationalEM:
         expect, maximise = _Half(self, program, "phi"), _Half(self, program, "theta")
         found = self._e_step(expect, x, 0)
         for _ in range(rounds):
-            moved = maximise.advance(found.x, found.steps, self.m_steps)[0]
+            moved = maximise.window(found.x, None, found.steps, 0, self.m_steps)[0]
             following = self._e_step(expect, moved, found.steps + self.m_steps)
             history, converged = found.history + following.history, found.converged and following.converged
             found = following._replace(history=history, converged=converged)
@@ -147,8 +145,7 @@ class VariationalEM:
         x = program.initial()
         if fitted is not None:
             known = {name: value for group in fitted.params.values() for name, value in group.items()}
-            pieces = zip(program.leaves, torch.split(x, program.sizes), strict=True)
-            x = torch.cat([known[leaf.name].reshape(-1).to(x) if leaf.name in known else own for leaf, own in pieces])
+            x = program.replaced(x, known)
         return program, x
 
     def _e_step(self, half: _Half, x: Tensor, before: int) -> Factors:
@@ -156,8 +153,9 @@ class VariationalEM:
         previous, bound, steps, done = x, -math.inf, 0, False
         state: tuple[Tensor, ...] | None = None
         while steps < self.max_steps and not done:
-            x, mean, state = half.window(x, state, before + steps, steps, min(self.window, self.max_steps - steps))
-            steps += min(self.window, self.max_steps - steps)
+            count = min(self.window, self.max_steps - steps)
+            x, mean, state = half.window(x, state, before + steps, steps, count)
+            steps += count
             after = half.bound(mean)
             history.append((before + steps, after))
             if self.until == "elbo":
@@ -166,18 +164,6 @@ class VariationalEM:
                 done = float((mean - previous)[half.part].square().mean().sqrt()) < self.tol
             previous, bound = mean, after
         return Factors(half.program, previous, before + steps, done, tuple(history))
-
-
-def _placed(program: Program, x: Tensor, starts: Mapping[str, Tensor]) -> Tensor:
-    """Parameters with those constrained values in place, where they are finite once unconstrained."""
-    parts = []
-    for leaf, own in zip(program.leaves, torch.split(x, program.sizes), strict=True):
-        start = starts.get(leaf.name)
-        if start is not None:
-            free = transform_to(leaf.constraint).inv(start).reshape(-1).to(x)
-            own = torch.where(torch.isfinite(free), free, own)
-        parts.append(own)
-    return torch.cat(parts)
 
 
 class _Half:
@@ -198,7 +184,7 @@ class _Half:
     def window(
         self, x: Tensor, state: tuple[Tensor, ...] | None, at: int, made: int, count: int
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Iterate, mean iterate and optimiser state after ``count`` steps, ``made`` of them already behind."""
+        """Iterate, mean iterate and optimiser state after ``count`` more steps; ``made`` lie behind, or a new start."""
         carry = start_carry(self.rule, x)
         if state is not None:
             carry = carry._replace(state=state, step=carry.step + made, average=empty_average(x))
@@ -206,10 +192,6 @@ class _Half:
         if int(carry.bad) >= 0:
             raise ValueError(f"step {int(carry.bad)} met a value that is not finite; lower step_size")
         return carry.x, carry.average.mean, carry.state
-
-    def advance(self, x: Tensor, at: int, count: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """As :meth:`window`, from a new start of the optimiser."""
-        return self.window(x, None, at, 0, count)
 
     def bound(self, x: Tensor) -> float:
         """Nats per datum, always on the same noise."""

@@ -26,6 +26,7 @@ import typer
 from bbvi_theory import figures, unprotected
 from bbvi_theory.measure import measure
 from bbvi_theory.rows import table
+from cells import write
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run(
     missing = [i for i in chosen if not places[i].exists()]
     typer.echo(f"{len(chosen)} rows, {len(chosen) - len(missing)} of them already measured")
     for i, found in _all(missing, quick, size, min(workers, max(len(missing), 1))):
-        _write(places[i], found)
+        write(places[i], found)
         typer.echo(f"{rows[i].key}: {_slope(found)}, {found['seconds']:.0f} s")
     measured = [json.loads(places[i].read_text(encoding="utf-8")) for i in chosen]
     share = _share(kept / f"unprotected-{size.targets}.json", size.targets)
@@ -80,7 +81,7 @@ def run(
         "run": {"preset": "quick" if quick else "default", "seeds": size.seeds, "steps": size.steps},
         "seconds": time.perf_counter() - began,
     }
-    _write(out / "results.json", results)
+    write(out / "results.json", results)
     (out / "table.md").write_text(markdown(measured, share), encoding="utf-8")
     typer.echo(f"results: {out / 'results.json'}, table: {out / 'table.md'}, {results['seconds']:.0f} s in all")
 
@@ -98,16 +99,9 @@ def _all(missing: list[int], quick: bool, size: Size, workers: int) -> Any:
 
 def _share(place: Path, targets: int) -> dict[str, Any]:
     if not place.exists():
-        _write(place, unprotected.share(targets))
+        write(place, unprotected.share(targets))
     found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
     return found
-
-
-def _write(place: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = place.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(place)
 
 
 def _slope(row: dict[str, Any]) -> str:

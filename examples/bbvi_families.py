@@ -20,6 +20,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from cells import write
 
 import bbvi_conv as bc
 from bbvi_conv.engine import Stream, make_engine, start_carry
@@ -143,7 +144,7 @@ def main(
             steps = affordable(module, family, seconds)
             rows.append(row_of(name, label, [run(module, family, size, steps, seed) for seed in range(seeds)]))
             typer.echo(f"{name:10} {label:17} KL {rows[-1]['kl_nats']} nats, {steps} steps")
-            place.write_text(json.dumps({**asked, "rows": rows}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            write(place, {**asked, "rows": rows})
             (out / "table.md").write_text(markdown(rows), encoding="utf-8")
 
 

@@ -21,15 +21,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 import typer
+from cells import Cells
 from matplotlib.figure import Figure
 from torch import Tensor
-from vae_lab.cells import Cells
-from vae_lab.shipped import shipped
 from vae_lab.training import looks, train
 
 import bbvi_conv as bc
 from bbvi_conv.engine import Calculus, Stream
 from bbvi_conv.families.mean_field import ScoredNormal
+from bbvi_conv.model_file import load_module
 from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.trace import TracedLogWeights
 
@@ -56,7 +56,7 @@ OBJECTIVES: dict[str, Callable[[int], bc.ELBO]] = {
 
 def pair(name: str, seed: int) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
     """Model and guide of ``models/vae.py``; for the score function with draws that carry no gradient."""
-    module = shipped("vae", seed)
+    module = load_module("vae", seed=seed)
     if name != "score function":
         return module.model, module.guide
 
@@ -166,7 +166,7 @@ def run(
 ) -> None:
     """Compare the estimators and write results.json."""
     size = SIZES["quick" if quick else "default"]
-    (images,) = shipped("vae").data()
+    (images,) = load_module("vae").data()
     images = images[: size.images]
     cells = Cells(out, {"preset": "quick" if quick else "default", "seed": seed, **asdict(size)})
     variance = cells.get("variances", lambda: along(size, images, seed, engine))

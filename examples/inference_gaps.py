@@ -18,14 +18,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from cells import Cells
 from torch import Tensor
-from vae_lab.cells import Cells
-from vae_lab.shipped import shipped
 from vae_lab.training import train
 
 import bbvi_conv as bc
 from bbvi_conv.data import mnist
 from bbvi_conv.evaluate import LogLikelihood, PerDatum
+from bbvi_conv.model_file import load_module
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ LATENT = 3
 
 def linear(size: Size, seed: int, engine: str) -> dict[str, Any]:
     """Both gaps of a factorised encoder that was stopped early, against their closed forms, over 64 test images."""
-    module = shipped("linear_vae", seed)
+    module = load_module("linear_vae", seed=seed)
     images = mnist("train")[0]
     centre = images.flatten(1).double().mean(0).float() / 255
     fit, _ = train(
@@ -99,7 +99,7 @@ def linear(size: Size, seed: int, engine: str) -> dict[str, Any]:
 
 def digits(size: Size, seed: int, engine: str) -> dict[str, Any]:
     """The gaps of the Bernoulli VAE on test images, with a flow in the place of Gaussian factors for a few of them."""
-    module = shipped("bernoulli_vae", seed)
+    module = load_module("bernoulli_vae", seed=seed)
     fit, _ = train(
         (module.model, module.guide),
         module.data(),

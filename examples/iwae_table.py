@@ -19,12 +19,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from cells import Cells, bar, preset
 from matplotlib.figure import Figure
-from vae_lab.cells import Cells
-from vae_lab.shipped import shipped
-from vae_lab.training import train
+from vae_lab.training import interval, train
 
 import bbvi_conv as bc
+from bbvi_conv.model_file import load_module
 
 DREG = "doubly-reparameterised"
 ROWS: dict[str, tuple[int, Any]] = {
@@ -58,7 +58,7 @@ SIZES = {
 def measure(name: str, size: Size, engine: str, device: str, seed: int) -> dict[str, Any]:
     """Train one row and estimate the test likelihood on the way and at the end."""
     draws, objective = ROWS[name]
-    module = shipped("bernoulli_vae", seed)
+    module = load_module("bernoulli_vae", seed=seed)
     steps = size.steps[(1, 5, 50).index(draws)]
     test = module.held_out()
     few = (test[0][: min(1000, size.images)], test[1])
@@ -99,8 +99,7 @@ def measure(name: str, size: Size, engine: str, device: str, seed: int) -> dict[
 def difference(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float]:
     """Mean of NLL(first) - NLL(second) over the same images, with its paired 95 % interval."""
     gap = torch.tensor(second["values"], dtype=torch.float64) - torch.tensor(first["values"], dtype=torch.float64)
-    half = 1.96 * float(gap.std()) / len(gap) ** 0.5
-    return {"value": float(gap.mean()), "low": float(gap.mean()) - half, "high": float(gap.mean()) + half}
+    return interval(gap)
 
 
 def picture(rows: dict[str, dict[str, Any]]) -> Figure:
@@ -127,11 +126,9 @@ def run(
     seed: Annotated[int, typer.Option(help="of starts, rows and noise", min=0)] = 0,
 ) -> None:
     """Train the rows, estimate their test likelihoods, and write results.json."""
-    if quick and full:
-        raise typer.BadParameter("choose either --quick or --full")
-    preset = "quick" if quick else "full" if full else "default"
-    size = SIZES[preset]
-    cells = Cells(out, {"preset": preset, "seed": seed, **asdict(size), "steps": list(size.steps)})
+    chosen_size = preset(quick, full)
+    size = SIZES[chosen_size]
+    cells = Cells(out, {"preset": chosen_size, "seed": seed, **asdict(size), "steps": list(size.steps)})
     chosen = [name for name in ROWS if not only or name == only or name.startswith(f"{only} ")]
     if not chosen:
         raise typer.BadParameter(f"no row is called {only!r}; the rows are {', '.join(ROWS)}")
@@ -140,11 +137,7 @@ def run(
         for name in chosen
     }
     picture(rows).savefig(out / "nll.png", dpi=130)
-    bars = {
-        name: {"nll": rows[name]["nll"], "at_most": limit, "met": rows[name]["nll"] <= limit}
-        for name, limit in BARS.get(preset, {}).items()
-        if name in rows
-    }
+    bars = {name: bar(rows[name]["nll"], limit) for name, limit in BARS.get(chosen_size, {}).items() if name in rows}
     orders = (("k1", "k5"), ("k5", "k50"), ("k50", "k50 DReG"), ("k5", "k5 DReG"))
     gains = {f"{a} - {b}": difference(rows[a], rows[b]) for a, b in orders if a in rows and b in rows}
     shown = {name: {key: value for key, value in row.items() if key != "values"} for name, row in rows.items()}

@@ -19,15 +19,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from cells import Cells, bar
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from vae_lab.autoencoders import deep, orthogonal
-from vae_lab.cells import Cells, bar
 from vae_lab.posteriors import Posterior, posterior
-from vae_lab.shipped import shipped
+from vae_lab.training import networks_from, train
 
 import bbvi_conv as bc
 from bbvi_conv.data import mnist
+from bbvi_conv.model_file import load_module
 from bbvi_conv.monitor.strata import Strata
 
 
@@ -81,21 +82,16 @@ class Study:
 def linear(study: Study, kind: str) -> dict[str, Any]:
     """Fit the linear VAE by SGD on the ELBO and lay it beside the closed form."""
     sigma2 = 1.0 if kind == "unit_noise" else None
-    model, guide = study.module.vae(study.size.latent, sigma2, factorised=kind == "factorised")
-    fit = bc.fit(
-        *(model, guide, (study.images, study.mean.float())),
+    fit, _ = train(
+        study.module.vae(study.size.latent, sigma2, factorised=kind == "factorised"),
+        (study.images, study.mean.float()),
+        [study.size.steps],
         minibatch=bc.Minibatch(256, plate="data"),
         objective=bc.ELBO(estimator="sticking-the-landing"),
         optimiser=bc.SGD(bc.CosineDecay(STEP[kind], study.size.steps, final=0.003)),
-        max_steps=study.size.steps,
-        average="last",
-        tol=1e-9,  # all steps are made
         seed=study.seed,
-        strata=Strata(min_length=100, growth=0.25),
-        window=study.size.steps,
+        engine="auto",
         num_gradients=study.size.gradients,
-        khat_draws=10,
-        progress=False,
     )
     found = compare(study, {name: value.double() for name, value in fit.constrained_params.items()}, sigma2)
     looks = fit.state.monitor.looks
@@ -159,25 +155,19 @@ def autoencoders(study: Study) -> dict[str, Any]:
 
 def curved(study: Study, out: Path) -> dict[str, Any]:
     """Posteriors of a two-dimensional latent under a nonlinear decoder: how far from Gaussian, on a grid."""
-    module = shipped("deep_gaussian_vae", study.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(study.seed)
-        encoder, decoder = (network(module) for network in (_encoder, _decoder))
-    model, guide = module.vae(encoder, decoder, 2)
+    module = load_module("deep_gaussian_vae", seed=study.seed)
+    encoder, decoder = networks_from(study.seed, lambda: (_encoder(module), _decoder(module)))
     steps = study.size.grid_steps
-    bc.fit(
-        *(model, guide, (study.images,)),
+    train(
+        module.vae(encoder, decoder, 2),
+        (study.images,),
+        [steps],
         minibatch=bc.Minibatch(128, plate="data"),
         optimiser=bc.Adam(bc.CosineDecay(2e-3, steps, final=0.01)),
-        max_steps=steps,
-        average="last",
-        tol=1e-9,
-        strata=Strata(min_length=steps, growth=0.5),
-        window=steps,
-        num_gradients=4,
-        khat_draws=10,
         seed=study.seed,
-        progress=False,
+        engine="auto",
+        strata=Strata(min_length=steps, growth=0.5),
+        num_gradients=4,
     )
     images = module.pixels(study.images[: study.size.grids])
     found = [posterior(decoder, image, module.SCALE) for image in images]
@@ -239,7 +229,7 @@ def run(
 ) -> None:
     """Lay linear VAEs and autoencoders beside PCA, and write results.json."""
     size = SIZES["quick" if quick else "default"]
-    module = shipped("linear_vae")
+    module = load_module("linear_vae")
     images = mnist("train")[0][: size.images]
     study = Study(size, seed, module, images, *module.moments(images))
     cells = Cells(out, {"preset": "quick" if quick else "default", "seed": seed, **asdict(size)})

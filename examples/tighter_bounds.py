@@ -11,7 +11,6 @@ given by --out: a PNG for each figure and results.json. https://arxiv.org/abs/18
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import time
@@ -25,6 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from cells import write
 from matplotlib.figure import Figure
 from rainforth2018 import figures, gradients, snr
 from rainforth2018.laboratory import Moments, Plan, Setting, Single, measure, measure_batch_size
@@ -459,7 +459,7 @@ def run(
         "settings": {name: {"offset": o, "variance": v} for name, (o, v) in SETTINGS.items()},
     }
     study.results |= {"run": settings, "note": figures.CORRELATED, "seconds": time.perf_counter() - began}
-    (out / "results.json").write_text(json.dumps(study.results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write(out / "results.json", study.results)
     for key, entry in study.results.get("slopes", {}).items():
         typer.echo(f"{key:>16}: {_sentence(entry)}")
     typer.echo(f"results: {out / 'results.json'}, {study.results['seconds']:.0f} s in all")

@@ -21,15 +21,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from cells import Cells, preset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from vae_lab.cells import Cells
-from vae_lab.shipped import shipped
 from vae_lab.training import interval, looks, networks_from, train
 
 import bbvi_conv as bc
 from bbvi_conv.data import celeba, cifar100
+from bbvi_conv.model_file import load_module
 from bbvi_conv.optim import Optimiser
 
 BAR = 0.05
@@ -117,7 +117,7 @@ def images(size: Size, data: str, full: bool) -> tuple[Tensor, Tensor]:
 
 def measure(row: Row, size: Size, data: tuple[Tensor, Tensor], engine: str, device: str, seed: int) -> dict[str, Any]:
     """Train all seeds of a row side by side; test bounds at marks along the way."""
-    module = shipped("conv_vae", seed)
+    module = load_module("conv_vae", seed=seed)
     options = {"channels": size.channels, "latent": size.latent, **row.networks}
     pair = networks_from(seed, lambda: module.vae(32, **options))
 
@@ -236,17 +236,15 @@ def run(
     seed: Annotated[int, typer.Option(help="the first one, of starts, rows and noise", min=0)] = 0,
 ) -> None:
     """Train the rows, draw them and write results.json."""
-    if quick and full:
-        raise typer.BadParameter("choose either --quick or --full")
     if data not in ("cifar100", "celeba"):
         raise typer.BadParameter(f"data must be cifar100 or celeba, got {data!r}")
-    preset = "quick" if quick else "full" if full else "default"
-    size = SIZES[preset]
+    chosen_size = preset(quick, full)
+    size = SIZES[chosen_size]
     chosen = {n: row for n, row in rows(size).items() if only in n or only in row.group}
     if not chosen:
         raise typer.BadParameter(f"no row has {only!r} in its name; the rows are {', '.join(rows(size))}")
     pictures = images(size, data, full)
-    settings = {"preset": preset, "data": data, "seed": seed, **asdict(size), "channels": list(size.channels)}
+    settings = {"preset": chosen_size, "data": data, "seed": seed, **asdict(size), "channels": list(size.channels)}
     cells = Cells(out, settings)
     found: dict[str, dict[str, Any]] = {}
     for name, row in chosen.items():

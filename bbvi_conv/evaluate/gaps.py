@@ -134,9 +134,10 @@ def inference_gaps(
     Raises:
         ValueError: log-likelihoods of another number of data, or as for :func:`bbvi_conv.fit`.
     """
-    factors = (em or VariationalEM()).e_step(fit, data, draws=_draws(subject(fit, data, batch=100), seed))
+    found = subject(fit, data, batch=100)
+    factors = (em or VariationalEM()).e_step(fit, data, draws=_draws(found, seed))
     best = _elbo(Subject(factors.program, factors.x), num_particles, seed, log_p.per_datum.level)
     if best.values.shape != log_p.values.shape:
         raise ValueError(f"log_p is of {len(log_p.values)} data, the gaps are of {len(best.values)}")
-    amortized = elbo(fit, data, num_particles=num_particles, seed=seed, level=log_p.per_datum.level)
+    amortized = _elbo(found, num_particles, seed, log_p.per_datum.level)
     return Gaps(log_p, best, amortized, factors.converged)

@@ -86,8 +86,7 @@ def subject(
         unit = found.structure.unit
     if from_prior:
         guide = _prior(model, guide, _first_rows(args, 2), kwargs, dtype, loop)
-    rows = next((len(a) for a in args if isinstance(a, Tensor) and a.dim()), 1)
-    minibatch = Minibatch(min(batch, rows), plate=unit[0]) if unit else None
+    minibatch = Minibatch(min(batch, _rows(args)), plate=unit[0]) if unit else None
     program = build(model, guide, args, kwargs, minibatch=minibatch, dtype=dtype, loop=loop and minibatch is not None)
     return Subject(program, _parameters(program, source))
 
@@ -101,12 +100,16 @@ def _parameters(program: Program, source: Source) -> Tensor:
     missing = [leaf.name for leaf in program.leaves if leaf.name not in values]
     if missing:
         raise ValueError(f"the fit holds no parameter {missing[0]!r}, which its program has over these data")
-    parts = [values[leaf.name].reshape(-1).to(x) for leaf in program.leaves]
-    return torch.cat(parts) if parts else x
+    return program.replaced(x, values)
+
+
+def _rows(args: tuple[Any, ...]) -> int:
+    """N, by the first tensor that has rows."""
+    return next((len(a) for a in args if isinstance(a, Tensor) and a.dim()), 1)
 
 
 def _first_rows(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    rows = next((len(a) for a in args if isinstance(a, Tensor) and a.dim()), 0)
+    rows = _rows(args)
     return tuple(a[:count] if isinstance(a, Tensor) and a.dim() and len(a) == rows else a for a in args)
 
 

@@ -284,9 +284,7 @@ def _flat(program: Program, values: dict[str, Tensor] | None, start: Tensor) -> 
         given = values.get(leaf.name)
         if given is not None and given.shape != leaf.tensor.shape:
             raise ValueError(f"leaf {leaf.name!r} has shape {tuple(leaf.tensor.shape)}, got {tuple(given.shape)}")
-    parts = torch.split(start, program.sizes)
-    chosen = [values.get(leaf.name) for leaf in program.leaves]
-    return torch.cat([part if v is None else v.reshape(-1).to(start) for part, v in zip(parts, chosen, strict=True)])
+    return program.replaced(start, values)
 
 
 def _by_leaf(program: Program, flat: Tensor) -> dict[str, Tensor]:

@@ -183,6 +183,19 @@ class Program:
             return torch.zeros(0, dtype=self.dtype)
         return torch.cat([leaf.tensor.detach().reshape(-1).to(self.dtype) for leaf in self.leaves])
 
+    def replaced(self, x: Tensor, values: Mapping[str, Tensor], *, constrained: bool = False) -> Tensor:
+        """Flat vector with the leaves in ``values`` at other values, by name; a value that is not finite once
+        unconstrained, as of a scale outside its range, leaves the old one."""
+        parts = []
+        for leaf, part in zip(self.leaves, torch.split(x, self.sizes) if self.leaves else (), strict=True):
+            value = values.get(leaf.name)
+            if value is not None:
+                free = transform_to(leaf.constraint).inv(value) if constrained else value
+                flat = free.detach().reshape(-1).to(x)
+                part = torch.where(torch.isfinite(flat), flat, part)
+            parts.append(part)
+        return torch.cat(parts) if parts else x
+
     def split(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Flat vector ``(P,)`` to ``(theta, phi)``, each by leaf name; shared leaves are in both."""
         parts = torch.split(x, self.sizes) if self.leaves else ()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bbvi_conv as bc
-from bbvi_conv.data import mnist
+from bbvi_conv.data import binarised, mnist
 from benchmarks.case import Arrays, Case, Twin
 
 PIXELS = 784
@@ -22,9 +22,7 @@ PIXELS = 784
 def _digits(rows: int) -> Tensor:
     """Black and white images, uint8 ``(N, 784)``: MNIST where ``BBVI_CONV_DATA`` has it, else coin flips."""
     if os.environ.get("BBVI_CONV_DATA"):
-        grey = mnist("train")[0].reshape(-1, PIXELS)[:rows]
-        threshold = torch.randint(255, grey.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        return (threshold < grey).to(torch.uint8)
+        return binarised(mnist("train")[0].reshape(-1, PIXELS)[:rows], seed=0) // 255
     return torch.bernoulli(torch.full((rows, PIXELS), 0.13), generator=torch.Generator().manual_seed(0)).byte()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import bbvi_conv as bc
+from bbvi_conv.monitor.intervals import student_quantile
 from bbvi_conv.monitor.strata import Strata
 from bbvi_conv.run import figures
 
@@ -60,18 +61,14 @@ def looks(fit: bc.Fit) -> dict[str, Any]:
 
 
 def interval(values: Tensor) -> dict[str, float]:
-    """Mean over seeds with Student's 95 % interval."""
-    from bbvi_conv.monitor.intervals import student_quantile
-
+    """Mean of two or more values, such as over seeds, with Student's 95 % interval."""
     mean, count = float(values.double().mean()), len(values)
-    if count < 2:
-        return {"value": mean, "low": mean, "high": mean}
     half = student_quantile(0.95, count - 1) * float(values.double().std()) / count**0.5
     return {"value": mean, "low": mean - half, "high": mean + half}
 
 
-def networks_from(seed: int, make: Callable[[], Pair]) -> Pair:
-    """A model and guide whose networks start under a seed; torch's own generator is left as found."""
+def networks_from(seed: int, make: Callable[[], Any]) -> Any:
+    """What ``make`` makes of networks that start under a seed; torch's own generator is left as found."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -38,8 +37,7 @@ def both() -> tuple[Calculus, Calculus]:
     return mapped, looped
 
 
-def close(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+ROUNDING = {"rtol": 1e-12, "atol": 1e-13}
 
 
 @pytest.mark.parametrize("count", [1, 5, LANES[1], LANES[1] + 9])
@@ -52,8 +50,8 @@ def test_gradients_and_losses(both: tuple[Calculus, Calculus], moved, count: int
     feed = Stream(mapped.program, 0, "evaluate", 2).once(3, count)
     for got, expected in zip(mapped.gradients(x, feed), looped.gradients(x, feed), strict=True):
         assert len(got) == count
-        close(got, expected)
-    close(mapped.losses(x, feed), looped.losses(x, feed))
+        torch.testing.assert_close(got, expected, **ROUNDING)
+    torch.testing.assert_close(mapped.losses(x, feed), looped.losses(x, feed), **ROUNDING)
 
 
 @pytest.mark.parametrize("vectors", [1, 3, VECTORS[-1] + 2])
@@ -63,5 +61,9 @@ def test_products(both: tuple[Calculus, Calculus], moved, count: int, vectors: i
     x = moved(mapped.program)
     feed = Stream(mapped.program, 0, "evaluate", 2).once(4, count)
     many = torch.randn(vectors, len(x), generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-    close(mapped.hessian_products(x, many, feed), looped.hessian_products(x, many, feed))
-    close(mapped.fisher_products(x, many, feed), looped.fisher_products(x, many, feed))
+    hessian, fisher = mapped.hessian_products(x, many, feed), mapped.fisher_products(x, many, feed)
+    torch.testing.assert_close(hessian, looped.hessian_products(x, many, feed), **ROUNDING)
+    torch.testing.assert_close(fisher, looped.fisher_products(x, many, feed), **ROUNDING)
+    assert hessian.shape == fisher.shape == many.shape
+    assert (hessian - fisher).abs().max() > 1e-3  # power: they are two matrices, and neither is zero
+    assert min(hessian.abs().max(), fisher.abs().max()) > 1e-3

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import bbvi_conv as bc
+from bbvi_conv.model_file import load_module
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    """The study as a module, whose folder is on the path for as long as it is imported."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import vae_convergence
-    finally:
-        sys.path.remove(str(ROOT / "examples"))
-    return vae_convergence
+study = load_module(str(Path(__file__).parents[2] / "examples" / "vae_convergence.py"))
 
 
 def curve(pace: float, ends: tuple[float, float]) -> dict[str, Any]:
@@ -35,7 +23,7 @@ def curve(pace: float, ends: tuple[float, float]) -> dict[str, Any]:
     return {"group": "tighter bounds", "curve": points}
 
 
-def test_bounds_are_compared_at_equal_steps_and_at_equal_seconds(study: ModuleType) -> None:
+def test_bounds_are_compared_at_equal_steps_and_at_equal_seconds() -> None:
     """A row twice as slow is better at equal steps and worse at equal seconds, by numbers read off the lines."""
     found = {"IWAE 4": curve(1.0, (100.0, 90.0)), "growing K": curve(2.0, (98.0, 80.0))}
     compared = study.tighter(found)
@@ -48,14 +36,14 @@ def test_bounds_are_compared_at_equal_steps_and_at_equal_seconds(study: ModuleTy
     assert compared["better_than"]["equal_seconds"]["growing K"]["value"] == pytest.approx(-8)
 
 
-def test_between_marks_the_curve_is_a_line(study: ModuleType) -> None:
+def test_between_marks_the_curve_is_a_line() -> None:
     row = curve(1.0, (100.0, 90.0))
     torch.testing.assert_close(study.at_seconds(row, 15.0), torch.tensor([95.0, 97.0], dtype=torch.float64))
     torch.testing.assert_close(study.at_seconds(row, 5.0), torch.tensor([100.0, 102.0], dtype=torch.float64))
     torch.testing.assert_close(study.at_seconds(row, 50.0), torch.tensor([90.0, 92.0], dtype=torch.float64))
 
 
-def test_the_bar_is_on_the_upper_end_of_the_slope(study: ModuleType) -> None:
+def test_the_bar_is_on_the_upper_end_of_the_slope() -> None:
     plateau = {"trend": "decaying", "reason": "because"}
     for high, met in ((0.04, True), (0.06, False), (None, None)):
         slope = {"value": None if high is None else 0.0, "low": -0.1, "high": high}
@@ -63,7 +51,7 @@ def test_the_bar_is_on_the_upper_end_of_the_slope(study: ModuleType) -> None:
         assert study.verdict(row)["met"] is met
 
 
-def test_the_rows_are_what_the_study_is_about(study: ModuleType) -> None:
+def test_the_rows_are_what_the_study_is_about() -> None:
     rows = study.rows(study.SIZES["default"])
     assert {row.group for row in rows.values()} == {
         "optimisers", "beta-VAE", "depth", "smoothness", "beta1", "tighter bounds", "B and K",

@@ -51,6 +51,17 @@ def write(path: Path, content: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def preset(quick: bool, full: bool) -> str:
+    """Which size a run has.
+
+    Raises:
+        BadParameter: both options at once.
+    """
+    if quick and full:
+        raise typer.BadParameter("choose either --quick or --full")
+    return "quick" if quick else "full" if full else "default"
+
+
 def bar(value: float, limit: float) -> dict[str, Any]:
     """A number beside the limit it is to stay under."""
     return {"value": value, "at_most": limit, "met": bool(value <= limit)}
