@@ -32,6 +32,16 @@ Program = Callable[[Tensor], None]
 fit = {"minibatch": bc.Minibatch(64, plate="data"), "max_steps": 3_000}
 
 
+class Pixels(nn.ConvTranspose2d):
+    """The last layer: it starts at grey images, from which gradients are far smaller than from black ones."""
+
+    def reset_parameters(self) -> None:
+        """As torch does, but for the bias."""
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.constant_(self.bias, 0.5)
+
+
 def vae(
     size: int = 32,
     *,
@@ -71,9 +81,10 @@ def vae(
     down = [part for i, o in pairwise((3, *channels)) for part in (nn.Conv2d(i, o, 4, 2, 1), activation())]
     encoder = [*down, *more(extra_conv, conv), nn.Flatten(), nn.Linear(flat, hidden), activation()]
     encoder += [*more(extra_dense, dense), nn.Linear(hidden, 2 * latent)]
-    up = [part for i, o in pairwise((*channels[::-1], 3)) for part in (nn.ConvTranspose2d(i, o, 4, 2, 1), activation())]
+    up = [part for i, o in pairwise(channels[::-1]) for part in (nn.ConvTranspose2d(i, o, 4, 2, 1), activation())]
     decoder = [nn.Linear(latent, hidden), activation(), *more(extra_dense, dense), nn.Linear(hidden, flat)]
-    decoder += [activation(), nn.Unflatten(-1, (channels[-1], side, side)), *more(extra_conv, conv), *up[:-1]]
+    decoder += [activation(), nn.Unflatten(-1, (channels[-1], side, side)), *more(extra_conv, conv), *up]
+    decoder.append(Pixels(channels[0], 3, 4, 2, 1))
     if clipped:
         encoder.append(bc.SoftClipping(-BOUND, BOUND))
         decoder.append(bc.SoftClipping(0.0, 1.0, sharpness=8.0))
