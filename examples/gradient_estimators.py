@@ -5,9 +5,10 @@
 
 For the VAE of Kingma and Welling on MNIST, four estimators of one and the same gradient: pathwise, sticking the
 landing, pathwise with the KL in closed form, and the score function with a leave-one-out baseline. At points along one
-run, the trace of the covariance of each and the bias of each against the pathwise one; then a run by each.
-Sources: Kingma and Welling (2014), https://arxiv.org/abs/1312.6114; Roeder et al. (2017),
-https://arxiv.org/abs/1703.09194; Ranganath et al. (2014), https://arxiv.org/abs/1401.0118
+run, the trace of the covariance of each, the bias of each against the pathwise one, and its smoothness: how much the
+gradient changes with the run's next step, per unit of that step, for one estimate on fixed noise and in expectation.
+Then a run by each. Sources: Kingma and Welling (2014), https://arxiv.org/abs/1312.6114; Roeder et al. (2017),
+https://arxiv.org/abs/1703.09194; Ranganath et al. (2014), https://arxiv.org/abs/1401.0118; Surendran et al. (2025)
 """
 
 from __future__ import annotations
@@ -69,31 +70,70 @@ def pair(name: str, seed: int) -> tuple[Callable[[Tensor], None], Callable[[Tens
     return module.model, guide
 
 
-def variances(name: str, points: dict[int, Tensor], images: Tensor, size: Size, seed: int) -> dict[str, Any]:
-    """Trace of the covariance and mean of one gradient for phi at every point, on rows and noise common to all."""
+Points = dict[int, tuple[Tensor, Tensor]]
+"""Per step of a run, its iterate and the next one."""
+
+
+def moments(name: str, points: Points, images: Tensor, size: Size, seed: int) -> dict[str, Any]:
+    """Of one gradient for phi at every point, on rows and noise common to all estimators: trace of the covariance,
+    squared norm and value of the mean, and smoothness."""
     program = bc.build(*pair(name, seed), (images,), minibatch=bc.Minibatch(size.batch, plate="data"))
     objective = OBJECTIVES[name](size.draws)
     if objective.analytic_kl:
         program.analytic = closed_form_sites(program)
     calculus = Calculus(program, objective, TracedLogWeights(program), float(len(images)))
     part = program.groups["phi"]
-    found: dict[str, Any] = {"step": [], "trace": [], "norm_sq": [], "mean": []}
-    for step, x in points.items():
-        total = torch.zeros(part.stop - part.start, dtype=torch.float64)
-        square, count = 0.0, 0
+    found: dict[str, Any] = {
+        "step": [],
+        "trace": [],
+        "norm_sq": [],
+        "smoothness": [],
+        "mean_smoothness": [],
+        "mean": [],
+    }
+    for step, (x, following) in points.items():
+        here, change = Sums(part.stop - part.start), Sums(part.stop - part.start)
         for key in range(0, size.gradients, 16):
             feed = Stream(program, seed, f"compare {step}", size.draws).once(key, 16)
             gradients = calculus.gradients(x, feed)[0][:, part].double()
-            total += gradients.sum(0)
-            square += float(gradients.square().sum())
-            count += 16
-        mean = total / count
-        trace = (square - count * float(mean.square().sum())) / (count - 1)
+            here.add(gradients)
+            change.add(calculus.gradients(following, feed)[0][:, part].double() - gradients)
+        length = float((following - x).double().norm())
         found["step"].append(step)
-        found["trace"].append(trace)
-        found["norm_sq"].append(float(mean.square().sum()) - trace / count)  # unbiased
-        found["mean"].append(mean)
+        found["trace"].append(here.trace)
+        found["norm_sq"].append(here.norm_sq)
+        found["smoothness"].append((change.square / change.count) ** 0.5 / length)
+        found["mean_smoothness"].append(max(change.norm_sq, 0.0) ** 0.5 / length)
+        found["mean"].append(here.mean)
     return found
+
+
+class Sums:
+    """Running moments of vectors of so many numbers."""
+
+    def __init__(self, size: int) -> None:
+        self.total, self.square, self.count = torch.zeros(size, dtype=torch.float64), 0.0, 0
+
+    def add(self, vectors: Tensor) -> None:
+        """``(J, size)``."""
+        self.total += vectors.sum(0)
+        self.square += float(vectors.square().sum())
+        self.count += len(vectors)
+
+    @property
+    def mean(self) -> Tensor:
+        """Of all vectors."""
+        return self.total / self.count
+
+    @property
+    def trace(self) -> float:
+        """Of the covariance, unbiased."""
+        return (self.square - self.count * float(self.mean.square().sum())) / (self.count - 1)
+
+    @property
+    def norm_sq(self) -> float:
+        """Squared norm of the expectation, unbiased."""
+        return float(self.mean.square().sum()) - self.trace / self.count
 
 
 def same_mean(first: dict[str, Any], second: dict[str, Any], count: int) -> list[float]:
@@ -106,16 +146,18 @@ def same_mean(first: dict[str, Any], second: dict[str, Any], count: int) -> list
 
 
 def along(size: Size, images: Tensor, seed: int, engine: str) -> dict[str, Any]:
-    """Variances of all estimators at points of one pathwise run."""
-    points: dict[int, Tensor] = {}
+    """Moments of all estimators at points of one pathwise run."""
+    iterates: dict[int, Tensor] = {}
 
     def keep(fit: bc.Fit) -> dict[str, Any]:
-        points[fit.state.step] = fit.x.clone()
+        iterates[fit.state.step] = fit.x.clone()
         return {}
 
     marks = sorted({max(1, round(size.steps * share)) for share in (0.01, 0.1, 1.0)})
-    train(pair("pathwise", seed), (images,), marks, keep, **settings(size, seed, "pathwise", engine))
-    found = {name: variances(name, points, images, size, seed) for name in OBJECTIVES}
+    both = sorted({*marks, *(mark + 1 for mark in marks)})
+    train(pair("pathwise", seed), (images,), both, keep, **settings(size, seed, "pathwise", engine))
+    points = {mark: (iterates[mark], iterates[mark + 1]) for mark in marks}
+    found = {name: moments(name, points, images, size, seed) for name in OBJECTIVES}
     ratios = {name: same_mean(found["pathwise"], found[name], size.gradients) for name in OBJECTIVES}
     for each in found.values():
         del each["mean"]
@@ -142,16 +184,19 @@ def by_each(name: str, size: Size, images: Tensor, seed: int, engine: str) -> di
 
 
 def picture(variance: dict[str, Any], runs: dict[str, dict[str, Any]]) -> Figure:
-    """Traces along the run, and the bounds of the runs."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Traces and smoothness along the run, and the bounds of the runs."""
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     for name, each in variance["estimators"].items():
         left.loglog(each["step"], each["trace"], "o-", label=name)
+        (line,) = middle.loglog(each["step"], each["smoothness"], "o-", label=name)
+        middle.loglog(each["step"], each["mean_smoothness"], "--", color=line.get_color())
     for name, each in runs.items():
         right.semilogx([s + 1 for s in each["looks"]["step"]], each["looks"]["bound"][0], label=name)
     left.set_ylabel("trace of the covariance of one gradient for phi")
+    middle.set_ylabel("|change of the gradient| / |step| (dashed: of its mean)")
     right.set_ylabel("bound, nats an image")
-    for axis in (left, right):
+    for axis in (left, middle, right):
         axis.set_xlabel("step n")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)

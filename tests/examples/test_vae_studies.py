@@ -58,3 +58,7 @@ def test_estimators_of_one_gradient_have_one_mean(tmp_path: Path) -> None:
         assert all(ratio < 1.5 for ratio in ratios[name]), (name, ratios[name])
     trace = {name: each["trace"][-1] for name, each in found["variances"]["estimators"].items()}
     assert trace["score function"] > 10 * trace["pathwise"]
+    smooth = found["variances"]["estimators"]
+    for each in smooth.values():  # the expectation's change is common to all, whatever the noise of one estimate
+        assert each["mean_smoothness"] == pytest.approx(smooth["pathwise"]["mean_smoothness"], rel=0.15)
+    assert smooth["score function"]["smoothness"][-1] > 1.3 * smooth["pathwise"]["smoothness"][-1]
