@@ -15,7 +15,7 @@ Source: Surendran et al. (2025), theorem for Adam and its experiments.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -233,13 +233,14 @@ def run(
     data: Annotated[str, typer.Option(help="cifar100 or celeba")] = "cifar100",
     engine: Annotated[str, typer.Option(help="of the steps")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    steps: Annotated[int | None, typer.Option(help="of every row; those of the size by default", min=1)] = None,
     seed: Annotated[int, typer.Option(help="the first one, of starts, rows and noise", min=0)] = 0,
 ) -> None:
     """Train the rows, draw them and write results.json."""
     if data not in ("cifar100", "celeba"):
         raise typer.BadParameter(f"data must be cifar100 or celeba, got {data!r}")
     chosen_size = preset(quick, full)
-    size = SIZES[chosen_size]
+    size = SIZES[chosen_size] if steps is None else replace(SIZES[chosen_size], steps=steps)
     known = rows(size)
     if unknown := sorted(set(only or ()) - set(known) - {row.group for row in known.values()}):
         raise typer.BadParameter(f"no row or group is called {unknown[0]!r}; the rows are {', '.join(known)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.stats import norm
@@ -104,6 +104,12 @@ class LogLikelihood:
     def population(self) -> Estimate:
         """As of :class:`PerDatum`."""
         return self.per_datum.population
+
+    def part(self, start: int, stop: int) -> LogLikelihood:
+        """Of the data from ``start`` to ``stop`` alone."""
+        own = slice(start, stop)
+        per_datum = PerDatum(self.values[own], self.errors[own], self.per_datum.level)
+        return replace(self, per_datum=per_datum, ess=self.ess[own])
 
     def larger(self, other: LogLikelihood) -> LogLikelihood:
         """Of two estimates for the same data the larger one, datum by datum: both are lower bounds.

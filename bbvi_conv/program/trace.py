@@ -32,8 +32,10 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.copy.default: _copy,
     torch.ops.aten.fill.Scalar: torch.full_like,
+    torch.ops.aten._efficientzerotensor.default: torch.zeros,
 }
-"""``aten.copy``, left by functionalised mutation, has no derivative of its own; ``aten.fill`` has no ``vmap`` rule."""
+"""``aten.copy``, left by functionalised mutation, has no derivative of its own; ``aten.fill`` has no ``vmap`` rule; and
+torch imports its compiler in order to add one of its zero tensors without memory, which second derivatives leave."""
 
 
 def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = True) -> GraphModule:

@@ -82,6 +82,10 @@ def test_importance_sampling_is_right_within_its_errors() -> None:
     low, high = many.interval
     assert (low < many.values).all()
     assert (many.values < high).all()
+    part = many.part(3, 5)
+    assert part.values.tolist() == many.values[3:5].tolist()
+    assert (part.ess.tolist(), part.errors.tolist()) == (many.ess[3:5].tolist(), many.errors[3:5].tolist())
+    assert part.num_weights == 8000
 
 
 def test_pieces_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
