@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 
+import torch
+
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.compiled import CompiledEngine
 from bbvi_conv.engine.cuda_graph import CudaGraphEngine
@@ -36,12 +38,14 @@ def make_engine(
     num_seeds: int = 1,
     steps: float = math.inf,
     reason: str = "asked for",
+    products: torch.dtype | None = None,
 ) -> Engine:
     """The engine of that name, for one seed or several at once.
 
     ``"auto"`` traces where the program allows it, and compiles where the remaining ``steps`` repay it or an earlier
     process has done so; where compiling fails it warns once and runs the traced steps. On a CUDA device it replays
-    captured steps. An engine asked for by its name gives ``reason``.
+    captured steps. An engine asked for by its name gives ``reason``. ``products`` is the float type that matrix
+    products and convolutions of a step are rounded to.
 
     Raises:
         ValueError: unknown name; ``"traced"`` or ``"compiled"`` for a program that cannot be (with the reason), or an
@@ -52,12 +56,16 @@ def make_engine(
     if name != "eager":
         try:
             calculus = Calculus(program, objective, TracedLogWeights(program), normaliser)
-            traced = TracedEngine(calculus, optimiser, reason, num_seeds=num_seeds)
+            traced = TracedEngine(calculus, optimiser, reason, num_seeds=num_seeds, products=products)
             return traced if name == "traced" else _compiled(name, traced, steps)
         except Untraceable as error:
-            if name != "auto":
-                raise ValueError(f'the program cannot be traced: {error}; use engine="eager" or "auto"') from error
+            if name != "auto" or products is not None:
+                raise ValueError(
+                    f'the program cannot be traced: {error}; use engine="eager" or "auto", without amp'
+                ) from error
             reason = f"cannot be traced: {error}"
+    if products is not None:
+        raise ValueError('amp needs steps that are graphs: use engine="auto", or leave amp out')
     calculus = Calculus(program, objective, program.log_weights, normaliser)
     return EagerEngine(calculus, optimiser, reason, num_seeds=num_seeds)
 

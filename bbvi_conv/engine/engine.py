@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.streams import Stream
 from bbvi_conv.optim import Average, Optimiser, empty_average, include
-from bbvi_conv.program.graphs import simplify
+from bbvi_conv.program.graphs import round_products, simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.trace import Untraceable, over_draws, to_graph
@@ -127,6 +127,9 @@ class EagerEngine:
 class TracedEngine:
     """Runs one graph of plain operations per step: gradient, optimiser and average included, and all seeds at once.
 
+    ``products`` rounds the numbers that matrix products and convolutions of a step take and give; looks and checks,
+    which the calculus makes, do not round.
+
     Attributes:
         graph: flat tensors to flat tensors: carry, noise, batch to carry, loss; with S seeds S is in front of each.
         example: inputs of the graph.
@@ -135,7 +138,15 @@ class TracedEngine:
 
     name = "traced"
 
-    def __init__(self, calculus: Calculus, optimiser: Optimiser, reason: str, *, num_seeds: int = 1) -> None:
+    def __init__(
+        self,
+        calculus: Calculus,
+        optimiser: Optimiser,
+        reason: str,
+        *,
+        num_seeds: int = 1,
+        products: torch.dtype | None = None,
+    ) -> None:
         self.calculus, self.optimiser, self.reason, self.num_seeds = calculus, optimiser, reason, num_seeds
         program = calculus.program
         start = start_carry(optimiser, program.initial())
@@ -149,6 +160,8 @@ class TracedEngine:
             self.example = [torch.stack([part] * num_seeds) for part in self.example]
             self.graph = _of_seeds(self.graph, self.example)
         simplify(self.graph)
+        if products is not None and not round_products(self.graph, products):
+            raise ValueError("a step has no matrix product or convolution of float32 numbers: leave amp out")
 
     def _flat(self, *flat: Tensor) -> tuple[Tensor, ...]:
         carry, rest = Carry.unflatten(list(flat[: self.carried])), flat[self.carried :]

@@ -16,6 +16,11 @@ _ONE = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 _ZERO = (_aten.add.Tensor, _aten.sub.Tensor)
 
 
+_PRODUCTS = (
+    *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default),
+    *(_aten.convolution.default, _aten.convolution_backward.default),
+)
+
 NARROW = 64
 """Columns up to which a tall constant matrix is kept columns first: its rows then fill whole vectors."""
 
@@ -31,6 +36,38 @@ def widest(graph: GraphModule) -> int:
     """Numbers in the largest tensor that an evaluation computes."""
     kinds = (node.meta.get("tensor_meta") for node in graph.graph.nodes if node.op == "call_function")
     return max((kind.shape.numel() for kind in kinds if kind is not None), default=1)
+
+
+def round_products(graph: GraphModule, dtype: torch.dtype) -> int:
+    """Let matrix products and convolutions of float32 numbers take and give numbers of ``dtype``; all else stays.
+
+    Sums inside a product are the processor's, in float32 or better. Changes ``graph``.
+
+    Returns:
+        How many products there are.
+    """
+    products = [
+        node
+        for node in graph.graph.nodes
+        if node.target in _PRODUCTS and node.args[0].meta["tensor_meta"].dtype is torch.float32
+    ]
+    for node in products:
+        for source in set(node.all_input_nodes):
+            with graph.graph.inserting_before(node):
+                node.replace_input_with(source, _cast(graph, source, dtype))
+        for made in [node] if "tensor_meta" in node.meta else list(node.users):
+            with graph.graph.inserting_after(made):
+                back = _cast(graph, made, torch.float32)
+            made.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+            made.meta["tensor_meta"] = made.meta["tensor_meta"]._replace(dtype=dtype)
+    graph.recompile()
+    return len(products)
+
+
+def _cast(graph: GraphModule, source: Node, dtype: torch.dtype) -> Node:
+    cast = graph.graph.call_function(_aten._to_copy.default, (source,), {"dtype": dtype})
+    cast.meta["tensor_meta"] = source.meta["tensor_meta"]._replace(dtype=dtype)
+    return cast
 
 
 def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
