@@ -9,49 +9,26 @@ from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor, nn
 
 import bbvi_conv as bc
 from benchmarks import peers
-from benchmarks.cases.vae import PIXELS, vae
+from benchmarks.cases.vae import PIXELS, mlp, vae
+from benchmarks.loops import Autoencoder, in_pythae
 from benchmarks.machine import machine
 from benchmarks.timing import interleave, ratio, summary
 
-HIDDEN, LATENT, STEP_SIZE = 400, 20, 1e-3
+HIDDEN, LATENT = 400, 20
 
 
-def pythae_iwae(particles: int, data: Tensor, batch: int) -> peers.Turn:
-    """A step of pythae's IWAE with the network of the ``vae`` case and torch's Adam."""
-    from pythae.models import IWAE, IWAEConfig
-    from pythae.models.base.base_utils import ModelOutput
-    from pythae.models.nn import BaseDecoder, BaseEncoder
-
-    class Encoder(BaseEncoder):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(nn.Linear(PIXELS, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 2 * LATENT))
-
-        def forward(self, x: Tensor) -> ModelOutput:
-            loc, log_scale = self.layers(x).chunk(2, dim=-1)
-            return ModelOutput(embedding=loc, log_covariance=2 * log_scale)
-
-    class Decoder(BaseDecoder):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(nn.Linear(LATENT, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, PIXELS))
-
-        def forward(self, z: Tensor) -> ModelOutput:
-            return ModelOutput(reconstruction=self.layers(z).sigmoid())
-
-    torch.manual_seed(0)
-    config = IWAEConfig(input_dim=(PIXELS,), latent_dim=LATENT, reconstruction_loss="bce", number_samples=particles)
-    model = IWAE(config, encoder=Encoder(), decoder=Decoder())
-    optimiser = torch.optim.Adam(model.parameters(), lr=STEP_SIZE)
+def pythae_iwae(particles: int, problem: Autoencoder) -> peers.Turn:
+    """A step of pythae's IWAE with torch's Adam."""
+    model, data = in_pythae(problem, "IWAE", number_samples=particles), problem.images
+    optimiser = torch.optim.Adam(model.parameters(), lr=problem.step_size)
 
     def turn(steps: int) -> float:
         start = time.perf_counter()
         for _ in range(steps):
-            rows = torch.randint(len(data), (batch,))
+            rows = torch.randint(len(data), (problem.batch,))
             optimiser.zero_grad()
             model({"data": data[rows].float()}).loss.backward()
             optimiser.step()
@@ -76,10 +53,11 @@ def main(
         "elbo": bc.ELBO(particles),
         "iwae_doubly_reparameterised": bc.IWAE(particles, "doubly-reparameterised"),
     }
-    cases = {name: vae(o, hidden=HIDDEN, latent=LATENT, batch=batch, rows=4096) for name, o in objectives.items()}
+    sizes = {"hidden": HIDDEN, "latent": LATENT, "batch": batch, "rows": 4096}
+    cases = {name: vae(o, **sizes) for name, o in objectives.items()}
     turns = {name: peers.ours(case, engine) for name, case in cases.items()}
     try:
-        turns["pythae_iwae"] = pythae_iwae(particles, cases["iwae"].args[0], batch)
+        turns["pythae_iwae"] = pythae_iwae(particles, mlp(**sizes))
     except ImportError as error:
         typer.echo(f"pythae is left out: {error}; make benchmark-deps installs it", err=True)
     seconds, attempts = interleave(turns, dict.fromkeys(turns, steps), rounds=rounds, pair=("iwae", "elbo"))

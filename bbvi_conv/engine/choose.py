@@ -72,7 +72,7 @@ def make_engine(
 
 def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
     """The engine over a traced one: for ``"auto"`` the one that pays, with the reason."""
-    nodes = len(traced.graph.graph.nodes)
+    nodes = len(traced.one.graph.graph.nodes)
     device = traced.calculus.program.device
     if (device.type == "cuda") != (name == "cuda-graph") and name != "auto":
         raise ValueError(f'engine="{name}" does not run on {device}; use engine="auto"')

@@ -26,11 +26,11 @@ class FixedSteps:
 
     def __init__(self, traced: TracedEngine, block: int) -> None:
         program, carried = traced.calculus.program, traced.carried
-        self._graph, self._by_index = traced.graph, program.by_index
-        self.carry = [t.clone() for t in traced.example[:carried]]
+        self._graph, self._by_index = traced.all.graph, program.by_index
+        self.carry = [t.clone() for t in traced.all.example[:carried]]
         step = Carry.unflatten(self.carry).step
         rows = [] if program.minibatch is None else [torch.arange(program.minibatch.size, device=step.device)]
-        given = [*traced.example[carried : carried + 2], *(r.expand(*step.shape, -1) for r in rows)]
+        given = [*traced.all.example[carried : carried + 2], *(r.expand(*step.shape, -1) for r in rows)]
         self.feeds = [t.new_zeros((block, *t.shape)) for t in given]
         self.losses = step.new_zeros((block, *step.shape))
         self.counter = torch.zeros(1, dtype=torch.int64, device=step.device)

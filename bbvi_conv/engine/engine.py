@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -124,6 +125,20 @@ class EagerEngine:
         return _loop(one if self.num_seeds == 1 else all_seeds, self.calculus, carry, stream, start, count)
 
 
+class StepGraph(NamedTuple):
+    """Flat tensors to flat tensors: carry, noise, batch to carry, loss.
+
+    Attributes:
+        graph: plain operations.
+        example: its inputs.
+        vectorised: with several seeds, whether ``vmap`` mapped it; otherwise it holds a copy for each.
+    """
+
+    graph: GraphModule
+    example: list[Tensor]
+    vectorised: bool = True
+
+
 class TracedEngine:
     """Runs one graph of plain operations per step: gradient, optimiser and average included, and all seeds at once.
 
@@ -131,9 +146,8 @@ class TracedEngine:
     which the calculus makes, do not round.
 
     Attributes:
-        graph: flat tensors to flat tensors: carry, noise, batch to carry, loss; with S seeds S is in front of each.
-        example: inputs of the graph.
-        carried: how many of them are the carry.
+        one: a step of one seed.
+        carried: how many of its inputs are the carry.
     """
 
     name = "traced"
@@ -154,14 +168,16 @@ class TracedEngine:
         draws = Noise(*(part.expand(calculus.objective.draws, -1).clone() for part in noise))
         self.carried, self._parts = len(start.flat()), len(batch.args)
         rows = [] if batch.indices is None else [batch.indices]
-        self.example = [*start.flat(), *draws, *batch.args, *rows]
-        self.graph = to_graph(self._flat, *self.example, functional=False)
-        if num_seeds > 1:
-            self.example = [torch.stack([part] * num_seeds) for part in self.example]
-            self.graph = _of_seeds(self.graph, self.example)
-        simplify(self.graph)
-        if products is not None and not round_products(self.graph, products):
+        example = [*start.flat(), *draws, *batch.args, *rows]
+        graph = simplify(to_graph(self._flat, *example, functional=False))
+        if products is not None and not round_products(graph, products):
             raise ValueError("a step has no matrix product or convolution of float32 numbers: leave amp out")
+        self.one = StepGraph(graph, example)
+
+    @cached_property
+    def all(self) -> StepGraph:
+        """A step of all S seeds, S in front of every tensor; of a single one, :attr:`one`."""
+        return self.one if self.num_seeds == 1 else _of_seeds(self.one, self.num_seeds)
 
     def _flat(self, *flat: Tensor) -> tuple[Tensor, ...]:
         carry, rest = Carry.unflatten(list(flat[: self.carried])), flat[self.carried :]
@@ -175,20 +191,22 @@ class TracedEngine:
 
         def one(carry: Carry, noise: Noise, batch: Batch) -> tuple[Carry, Tensor]:
             rows = [] if batch.indices is None else [batch.indices]
-            *flat, loss = self.graph(*carry.flat(), *noise, *batch.args, *rows)
+            *flat, loss = self.all.graph(*carry.flat(), *noise, *batch.args, *rows)
             return Carry.unflatten(flat), loss
 
         with torch.no_grad():
             return _loop(one, self.calculus, carry, stream, start, count)
 
 
-def _of_seeds(graph: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
-    """The graph of all seeds, S in front of every tensor: by ``vmap``, or where that fails as S copies of the one."""
-    mapped = [True] * len(inputs)
+def _of_seeds(one: StepGraph, count: int) -> StepGraph:
+    """The step of all seeds: by ``vmap``, or where that fails as copies of the one."""
+    example = [torch.stack([part] * count) for part in one.example]
+    mapped = [True] * len(example)
     try:
-        return to_graph(over_draws(graph, mapped, vectorise=True), *inputs, functional=False)
+        graph, vectorised = to_graph(over_draws(one.graph, mapped, vectorise=True), *example, functional=False), True
     except Untraceable:
-        return to_graph(over_draws(graph, mapped, vectorise=False), *inputs, functional=False)
+        graph, vectorised = to_graph(over_draws(one.graph, mapped, vectorise=False), *example, functional=False), False
+    return StepGraph(simplify(graph), example, vectorised)
 
 
 def _loop(

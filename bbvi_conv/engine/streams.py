@@ -28,6 +28,11 @@ class Feed(NamedTuple):
         """Whether the batch differs between evaluations."""
         return self.rows is not None or self.args is not None
 
+    def of_seed(self, seed: int) -> Feed:
+        """What the seed of that place sees."""
+        rows = None if self.rows is None else self.rows[:, seed]
+        return Feed(Noise(*(part[:, seed] for part in self.noise)), rows)
+
     def batch(self, program: Program, index: int | slice) -> Batch:
         """The batch of one evaluation, or of several with T in front."""
         if self.args is not None:

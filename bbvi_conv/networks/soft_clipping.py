@@ -18,7 +18,7 @@ def soft_clip(x: Tensor, low: float, high: float, sharpness: float = 1.0) -> Ten
     .. math:: f(x) = \frac1s \log \frac{1 + e^{s(x-s_1)}}{1 + e^{s(x-s_2)}} + s_1
 
     Below the midpoint it is a difference of softplus functions added to s1, above it the mirrored difference taken from
-    s2, the argument clamped inside each branch: nothing cancels, and float32 does not leave the interval.
+    s2, each with its own distances to the bounds: nothing cancels, and float32 does not leave the interval.
 
     Args:
         x: any shape.
@@ -33,11 +33,10 @@ def soft_clip(x: Tensor, low: float, high: float, sharpness: float = 1.0) -> Ten
     https://arxiv.org/abs/1810.11509
     """
     _check(low, high, sharpness)
-    middle = 0.5 * (low + high)
-    below, above = x.clamp(max=middle), x.clamp(min=middle)
-    rise = softplus(sharpness * (below - low), 1.0, EXACT) - softplus(sharpness * (below - high), 1.0, EXACT)
-    fall = softplus(sharpness * (high - above), 1.0, EXACT) - softplus(sharpness * (low - above), 1.0, EXACT)
-    return torch.where(x <= middle, low + rise / sharpness, high - fall / sharpness)
+    below = x <= 0.5 * (low + high)
+    near, far = torch.where(below, x - low, high - x), torch.where(below, x - high, low - x)
+    rise = (softplus(sharpness * near, 1.0, EXACT) - softplus(sharpness * far, 1.0, EXACT)) / sharpness
+    return torch.where(below, low + rise, high - rise)
 
 
 def _check(low: float, high: float, sharpness: float) -> None:

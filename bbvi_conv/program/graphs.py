@@ -16,10 +16,11 @@ _ONE = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 _ZERO = (_aten.add.Tensor, _aten.sub.Tensor)
 
 
-_PRODUCTS = (
+PRODUCTS = (
     *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default),
     *(_aten.convolution.default, _aten.convolution_backward.default),
 )
+"""Products of matrices, and convolutions."""
 
 NARROW = 64
 """Columns up to which a tall constant matrix is kept columns first: its rows then fill whole vectors."""
@@ -49,7 +50,7 @@ def round_products(graph: GraphModule, dtype: torch.dtype) -> int:
     products = [
         node
         for node in graph.graph.nodes
-        if node.target in _PRODUCTS and node.args[0].meta["tensor_meta"].dtype is torch.float32
+        if node.target in PRODUCTS and node.args[0].meta["tensor_meta"].dtype is torch.float32
     ]
     for node in products:
         for source in set(node.all_input_nodes):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import bbvi_conv as bc
 from bbvi_conv.data import binarised, mnist
 from benchmarks.case import Arrays, Case, Twin
+from benchmarks.loops import BERNOULLI, GAUSSIAN, SCALE, Autoencoder, contenders
 
 PIXELS = 784
 
@@ -43,20 +44,15 @@ def _numpyro_loss(objective: Any) -> Any:
     return Trace_ELBO(num_particles=objective.num_particles)
 
 
-def _programs(
-    networks: tuple[nn.Module, nn.Module],
-    latent: int,
-    seen: Callable[[Tensor], Tensor],
-    pixels: Callable[[Tensor], Any],
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Pyro model and guide of a VAE; ``seen`` makes numbers of bytes, ``pixels`` a distribution of decoded latents."""
-    encoder, decoder = networks
+def _programs(problem: Autoencoder) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Pyro model and guide."""
+    encoder, decoder, seen = problem.encoder, problem.decoder, problem.pixels.seen
 
     def model(images: Tensor) -> None:
         pyro.module("decoder", decoder)
         with pyro.plate("data", len(images)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(latent), 1.0).to_event(1))
-            pyro.sample("image", pixels(decoder(z)), obs=seen(images))
+            z = pyro.sample("z", dist.Normal(torch.zeros(problem.latent), 1.0).to_event(1))
+            pyro.sample("image", problem.pixels.density(decoder(z)), obs=seen(images))
 
     def guide(images: Tensor) -> None:
         pyro.module("encoder", encoder)
@@ -100,22 +96,21 @@ def _pair(weights: Arrays, name: str) -> list[Any]:
     return [numpyro.param(f"{name}.{part}", weights[f"{name}.{part}"]) for part in ("weight", "bias")]
 
 
-def vae(
-    objective: Any = None, *, hidden: int = 400, latent: int = 20, batch: int = 128, rows: int = 60_000, steps: int = 64
-) -> Case:
-    """784-hidden-latent and back, tanh, Bernoulli pixels; minibatches gathered from resident bytes.
-
-    Kingma and Welling (2014), appendix C.
-    """
-    objective = objective or bc.ELBO(1)
+def mlp(*, hidden: int = 400, latent: int = 20, batch: int = 128, rows: int = 60_000) -> Autoencoder:
+    """784-hidden-latent and back, tanh, Bernoulli pixels; Kingma and Welling (2014), appendix C."""
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(PIXELS, hidden), nn.Tanh(), nn.Linear(hidden, 2 * latent))
     decoder = nn.Sequential(nn.Linear(latent, hidden), nn.Tanh(), nn.Linear(hidden, PIXELS))
-    images = _digits(rows)
-    weights = {**_weights(encoder, "encoder"), **_weights(decoder, "decoder")}
-    model, guide = _programs(
-        (encoder, decoder), latent, Tensor.float, lambda logits: dist.Bernoulli(logits=logits).to_event(1)
-    )
+    return Autoencoder(encoder, decoder, latent, _digits(rows), BERNOULLI, batch)
+
+
+def vae(objective: Any = None, *, steps: int = 64, **sizes: int) -> Case:
+    """:func:`mlp`; minibatches gathered from resident bytes."""
+    objective = objective or bc.ELBO(1)
+    problem = mlp(**sizes)
+    latent, batch, images = problem.latent, problem.batch, problem.images
+    weights = {**_weights(problem.encoder, "encoder"), **_weights(problem.decoder, "decoder")}
+    model, guide = _programs(problem)
 
     def twin() -> Twin:
         import jax.numpy as jnp
@@ -142,8 +137,9 @@ def vae(
         params=_params,
         minibatch=bc.Minibatch(batch, plate="data"),
         objective=objective,
-        step_size=1e-3,
+        step_size=problem.step_size,
         pyro_bound=not isinstance(objective, bc.IWAE),
+        others=contenders(problem) if objective == bc.ELBO(1) else {},
         steps=steps,
         pyro_steps=10,
         notes=f"{'MNIST' if os.environ.get('BBVI_CONV_DATA') else 'simulated images'}"
@@ -197,8 +193,8 @@ def _conv_networks(weights: Arrays) -> tuple[Any, Any]:
     return encode, decode
 
 
-def conv_vae(*, latent: int = 32, batch: int = 64, rows: int = 2048) -> Case:
-    """Three strided convolutions each way on 64 x 64 x 3 bytes, latent 32, Gaussian pixels of scale 0.1."""
+def conv(*, latent: int = 32, batch: int = 64, rows: int = 2048) -> Autoencoder:
+    """Three strided convolutions each way on 64 x 64 x 3 bytes, Gaussian pixels."""
     torch.manual_seed(0)
     a, b, c = CHANNELS
     encoder = nn.Sequential(
@@ -211,17 +207,22 @@ def conv_vae(*, latent: int = 32, batch: int = 64, rows: int = 2048) -> Case:
     )
     blobs = torch.rand(rows, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = (255 * nn.functional.interpolate(blobs, size=64, mode="bilinear")).byte()
-    weights = {**_weights(encoder, "encoder"), **_weights(decoder, "decoder")}
-    model, guide = _programs(
-        (encoder, decoder), latent, lambda x: x.float() / 255, lambda mean: dist.Normal(mean, 0.1).to_event(3)
-    )
+    return Autoencoder(encoder, decoder, latent, images, GAUSSIAN, batch)
+
+
+def conv_vae(**sizes: int) -> Case:
+    """:func:`conv`; minibatches gathered from resident bytes."""
+    problem = conv(**sizes)
+    latent, batch, images = problem.latent, problem.batch, problem.images
+    weights = {**_weights(problem.encoder, "encoder"), **_weights(problem.decoder, "decoder")}
+    model, guide = _programs(problem)
 
     def twin() -> Twin:
         import jax.numpy as jnp
         import numpyro.distributions as npd
 
         programs = _twins(
-            *_conv_networks(weights), latent, batch, lambda x: x / 255, lambda mean: npd.Normal(mean, 0.1).to_event(3)
+            *_conv_networks(weights), latent, batch, lambda x: x / 255, lambda mean: npd.Normal(mean, SCALE).to_event(3)
         )
         channels_last = jnp.asarray(images.permute(0, 2, 3, 1).contiguous().numpy())
         return Twin(*programs, (channels_last,), _numpyro_loss(bc.ELBO(1)))
@@ -233,7 +234,8 @@ def conv_vae(*, latent: int = 32, batch: int = 64, rows: int = 2048) -> Case:
         twin=twin,
         params=_params,
         minibatch=bc.Minibatch(batch, plate="data"),
-        step_size=1e-3,
+        step_size=problem.step_size,
+        others=contenders(problem),
         scan=False,
         steps=4,
         pyro_steps=2,

@@ -16,6 +16,7 @@ with warnings.catch_warnings():  # deprecated parts of torch that torch itself i
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.graph import GraphLowering
+    from torch._inductor.inductor_prims import force_stride_order
     from torch._inductor.select_algorithm import extern_kernels
     from torch._inductor.virtualized import V
     from torch._subclasses import FakeTensorMode
@@ -30,6 +31,7 @@ __all__ = [
     "V",
     "config",
     "extern_kernels",
+    "force_stride_order",
     "fx_graph_cse",
     "select_decomp_table",
     "tracing",

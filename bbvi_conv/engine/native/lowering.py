@@ -29,6 +29,7 @@ from bbvi_conv.engine.native.inductor import (
     select_decomp_table,
     tracing,
 )
+from bbvi_conv.engine.native.layout import planes_first
 from bbvi_conv.engine.native.plan import CannotCompile, Copy, Instruction, Loop, Place, Plan, pack
 from bbvi_conv.engine.native.recording import Pending, Recorder, record
 from bbvi_conv.program.graphs import results, simplify
@@ -167,7 +168,8 @@ class _Lowering:
             pure = make_fx(step, decomposition_table=_decompositions())(*everything)
         pure = GraphModule(pure, fx_graph_cse(pure.graph))
         pure.graph.eliminate_dead_code()
-        pure.recompile()
+        with self.mode:
+            planes_first(pure, vector_bits())
         code = _lower(pure, everything, self.mode)
         self.recorder.code = []
         with self.mode:
