@@ -54,6 +54,7 @@ def fit(
     engine: Annotated[str | None, typer.Option(help="auto, eager, traced, compiled or cuda-graph")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or float64")] = None,
+    amp: Annotated[str | None, typer.Option(help="bfloat16: round what products of a step take and give")] = None,
     minibatch: Annotated[int | None, typer.Option(help="rows a step sees")] = None,
     plate: Annotated[str | None, typer.Option(help="the plate whose rows are subsampled")] = None,
     step_size: Annotated[float | None, typer.Option(help="C of the optimiser's step-size rule")] = None,
@@ -75,7 +76,13 @@ def fit(
         if RunDirectory(directory).holds_run():
             raise ValueError(f"{directory} already holds a run: choose another directory with --out, or resume it")
         options = {"family": family, "max_steps": steps, "tol": tol, "engine": engine, "device": device, "dtype": dtype}
-        options |= {"num_seeds": seeds, "objective": objective, "particles": particles, "estimator": estimator}
+        options |= {
+            "amp": amp,
+            "num_seeds": seeds,
+            "objective": objective,
+            "particles": particles,
+            "estimator": estimator,
+        }
         options |= {"groups": groups, "alpha": alpha, "elbo-weight": elbo_weight}
         options |= {"minibatch": minibatch, "plate": plate, "step_size": step_size}
         settings = _settings(found, {name: value for name, value in options.items() if value is not None})
@@ -211,7 +218,7 @@ def _settings(found: ModelFile, options: dict[str, Any]) -> dict[str, Any]:
             )
     settings = {**found.defaults, "seed": found.seed}
     settings |= {
-        name: options[name] for name in ("max_steps", "tol", "num_seeds", "engine", "device") if name in options
+        name: options[name] for name in ("max_steps", "tol", "num_seeds", "engine", "device", "amp") if name in options
     }
     if "dtype" in options:
         settings["dtype"] = _pick("dtype", options["dtype"], {"float32": torch.float32, "float64": torch.float64})

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import typer
 from torch import Tensor
 
 import bbvi_conv as bc
@@ -42,6 +43,7 @@ def train(
         else:
             fit = fit.resume(mark - fit.state.step, progress=False)
         own = score(fit) if score is not None else {}
+        typer.echo(f"step {fit.state.step:,}, {fit.seconds['steps']:.0f} s of steps", err=True)
         history.append({"step": fit.state.step, "seconds": fit.seconds["steps"], **own})
     assert fit is not None
     return fit, history
