@@ -15,23 +15,36 @@ from bbvi_conv.program import Minibatch
 from bbvi_conv.program.build import build
 
 
-@pytest.mark.parametrize(("channels", "changed"), [(1, 0), (3, 2), (16, 0)])
-def test_images_of_few_channels_are_kept_plane_by_plane(channels: int, changed: int) -> None:
-    """The result of a convolution and the gradient that enters it, where channels would not fill a vector."""
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("channels", "planes"), [(1, 0), (3, 2), (16, 0)])
+def test_order_of_images_around_convolutions(channels: int, planes: int, transposed: bool) -> None:
+    """The result and the gradient that enters are plane by plane where channels would not fill a vector.
+
+    Everything a convolution reads is channels last, and all gradients are what they were.
+    """
     from bbvi_conv.engine.native.inductor import force_stride_order
-    from bbvi_conv.engine.native.layout import planes_first
+    from bbvi_conv.engine.native.layout import Ordered
 
-    def gradient(x: Tensor, weight: Tensor) -> Tensor:
-        def loss(weight: Tensor) -> Tensor:
-            return nn.functional.conv2d(x, weight, None, 2, 1).sigmoid().square().sum()
+    def gradients(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            convolve = nn.functional.conv_transpose2d if transposed else nn.functional.conv2d
+            flat = convolve(x, weight, bias, 2, 1).view(5, -1)
+            return flat.sigmoid().square().sum()
 
-        return torch.func.grad(loss)(weight)
+        return torch.func.grad(loss, argnums=(0, 1, 2))(x, weight, bias)
 
-    x, weight = torch.randn(5, 2, 8, 8), torch.randn(channels, 2, 4, 4)
-    graph = planes_first(make_fx(gradient, tracing_mode="fake")(x, weight), 512)
-    made = [node for node in graph.graph.nodes if node.target is force_stride_order]
-    assert [node.args[1] for node in made] == [[16 * channels, 16, 4, 1]] * changed
-    torch.testing.assert_close(graph(x, weight), gradient(x, weight))
+    side = 16 if transposed else 4
+    weight = torch.randn((2, channels, 4, 4) if transposed else (channels, 2, 4, 4))
+    given = (torch.randn(5, 2, 8, 8), weight, torch.randn(channels))
+    graph = make_fx(gradients)(*given)
+    ordered = make_fx(Ordered(graph, 512).run)(*given)
+    made = [node for node in ordered.graph.nodes if node.target is force_stride_order]
+    assert [n.args[1] for n in made].count([side**2 * channels, side**2, side, 1]) == planes * (channels > 1)
+    for node in ordered.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution_backward.default):
+        assert all(n.meta["val"].is_contiguous(memory_format=torch.channels_last) for n in node.args[:3])
+        assert node.args[-1][2] != transposed  # whose bias torch sums
+    for value, expected in zip(ordered(*given), gradients(*given), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_convolutions_have_the_iterates_of_traced_ones(coder) -> None:

@@ -14,6 +14,7 @@ def encode(plan: Plan) -> dict[str, Any]:
     return {
         "inputs": list(plan.inputs),
         "scratch": plan.scratch,
+        "taken": plan.taken,
         "calls": [
             {"target": c.target, "args": _value(c.args), "kwargs": _value(c.kwargs), "results": _value(c.results)}
             for c in plan.calls()
@@ -27,7 +28,7 @@ def decode(data: dict[str, Any]) -> Plan:
         Call(c["target"], tuple(_back(c["args"])), _back(c["kwargs"]), tuple(_back(c["results"])))
         for c in data["calls"]
     )
-    return Plan(tuple(data["inputs"]), data["scratch"], code)
+    return Plan(tuple(data["inputs"]), data["scratch"], data["taken"], code)
 
 
 def _value(value: Any) -> Any:

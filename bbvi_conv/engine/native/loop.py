@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from bbvi_conv import __version__
 from bbvi_conv.engine.native.library import is_cached, library, name_of
-from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views
+from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views, views
 from bbvi_conv.program.graphs import lift, results
 from bbvi_conv.program.trace import first_sentence
 
@@ -80,9 +80,10 @@ class NativeLoop:
         inputs = len(self._memory)
         outs = [torch.empty(size, dtype=torch.uint8) for size in plan.inputs[inputs:]]
         scratch = torch.empty(plan.scratch, dtype=torch.uint8)
-        self._memory += [*outs, scratch]
+        self._memory += [*outs, scratch, *(torch.empty(0, dtype=torch.uint8) for _ in range(plan.taken))]
         self._slots = (ctypes.c_void_p * len(self._memory))(*(t.data_ptr() for t in self._memory))
-        self._calls = [_Bound(call, self._memory) for call in plan.calls()]
+        kept = len(self._memory) - plan.taken
+        self._calls = [_Bound(call, self._memory, self._slots, kept) for call in plan.calls()]
         self._error: BaseException | None = None
         self._callback = _CALL(self._call)
         return made
@@ -159,21 +160,47 @@ def _table(slots: range, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 class _Bound:
-    """A call of an operation of torch on the loop's memory."""
+    """A call of an operation of torch on the loop's memory.
 
-    def __init__(self, call: Call, memory: Sequence[Tensor]) -> None:
+    Args:
+        call: the call.
+        memory: bytes, slot by slot.
+        slots: their addresses, as generated code reads them.
+        kept: slots from here on hold what torch gave last: their memory and address are replaced.
+    """
+
+    def __init__(self, call: Call, memory: list[Tensor], slots: Any, kept: int) -> None:
         namespace, name, overload = call.target.split(".")
         self._target = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+        self._memory, self._slots = memory, slots
 
-        def on(view: View) -> Tensor:
-            return view.on(memory)
+        def on(view: View) -> Tensor | View:
+            return view.on(memory) if view.place.slot < kept else view
 
-        self._args, self._kwargs = replace_views(call.args, on), replace_views(call.kwargs, on)
+        self._args, self._kwargs = replace_views((call.args, call.kwargs), on)
+        self._moves = bool(views((self._args, self._kwargs)))
         self._results = [on(view) for view in call.results]
 
     def __call__(self) -> None:
-        out = self._target(*self._args, **self._kwargs)
+        args, kwargs = self._args, self._kwargs
+        if self._moves:
+            args, kwargs = replace_views((args, kwargs), lambda view: view.on(self._memory))
+        for result in self._results:
+            if isinstance(result, View):  # given back first, so that torch finds it free
+                self._memory[result.place.slot] = self._memory[result.place.slot][:0].clone()
+        out = self._target(*args, **kwargs)
         if self._results:
             made = out if isinstance(out, (list, tuple)) else (out,)
             for target, value in zip(self._results, (t for t in made if isinstance(t, Tensor)), strict=True):
-                target.copy_(value)
+                if isinstance(target, View):
+                    self._take(value, target)
+                else:
+                    target.copy_(value)
+
+    def _take(self, value: Tensor, view: View) -> None:
+        """Let the memory of a result be that of its slot."""
+        if value.stride() != view.stride or value.storage_offset():
+            value = torch.empty_strided(view.size, view.stride, dtype=value.dtype).copy_(value)
+        slot = view.place.slot
+        self._memory[slot] = _bytes(value)
+        self._slots[slot] = value.data_ptr()

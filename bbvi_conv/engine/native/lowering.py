@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bbvi_conv.engine.native.hazards import overwritten_too_soon
@@ -29,7 +29,7 @@ from bbvi_conv.engine.native.inductor import (
     select_decomp_table,
     tracing,
 )
-from bbvi_conv.engine.native.layout import planes_first
+from bbvi_conv.engine.native.layout import Ordered
 from bbvi_conv.engine.native.plan import CannotCompile, Copy, Instruction, Loop, Place, Plan, pack
 from bbvi_conv.engine.native.recording import Pending, Recorder, record
 from bbvi_conv.program.graphs import results, simplify
@@ -159,7 +159,7 @@ class _Lowering:
 
         def step(*flat: Tensor) -> tuple[()]:
             memory = dict(zip(map(id, everything), flat, strict=True))
-            values = Interpreter(graph).run(*flat[: len(given)])
+            values = Ordered(graph, vector_bits()).run(*flat[: len(given)])
             for target, value in zip(targets, values, strict=True):
                 memory[id(target)].copy_(value)
             return ()
@@ -168,8 +168,7 @@ class _Lowering:
             pure = make_fx(step, decomposition_table=_decompositions())(*everything)
         pure = GraphModule(pure, fx_graph_cse(pure.graph))
         pure.graph.eliminate_dead_code()
-        with self.mode:
-            planes_first(pure, vector_bits())
+        pure.recompile()
         code = _lower(pure, everything, self.mode)
         self.recorder.code = []
         with self.mode:
@@ -236,5 +235,5 @@ def lower(graph: GraphModule, example: Sequence[Tensor], carry: int, *, threads:
     recorder, count = lowering.recorder, len(everything)
     if len(recorder.slots) < count or any(recorder.slot(t) != i for i, t in enumerate(everything)):
         raise CannotCompile("two inputs share memory")
-    packed, scratch = pack(count, {slot: size for slot, size in recorder.sizes.items() if slot >= count}, code)
-    return Plan(tuple(recorder.sizes[i] for i in range(count)), scratch, packed, tuple(lowering.sources))
+    packed, scratch, taken = pack(count, {slot: size for slot, size in recorder.sizes.items() if slot >= count}, code)
+    return Plan(tuple(recorder.sizes[i] for i in range(count)), scratch, taken, packed, tuple(lowering.sources))

@@ -17,9 +17,12 @@ class CannotCompile(RuntimeError):
 ALIGN = 64
 """Bytes: a cache line, and the widest vector."""
 
+WORTH = 2**16
+"""Bytes from which a result that torch allocates is taken as it lies, not copied to scratch memory."""
+
 
 class Place(NamedTuple):
-    """A position in memory: ``slot`` (an input, or scratch after lowering), and ``offset`` in bytes."""
+    """A position in memory: ``slot`` (after lowering an input, scratch, or a result of torch), ``offset`` in bytes."""
 
     slot: int
     offset: int
@@ -33,12 +36,16 @@ class View(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """From the first number to the last."""
+        used = 1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) if all(self.size) else 0
+        return used * int(getattr(torch, self.dtype).itemsize)
+
     def on(self, memory: Sequence[Tensor]) -> Tensor:
         """The tensor over flat byte tensors, one per slot."""
-        dtype = getattr(torch, self.dtype)
         begin = self.place.offset
-        used = 1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) if all(self.size) else 0
-        flat = memory[self.place.slot][begin : begin + used * dtype.itemsize].view(dtype)
+        flat = memory[self.place.slot][begin : begin + self.nbytes].view(getattr(torch, self.dtype))
         return flat.as_strided(self.size, self.stride)
 
 
@@ -53,7 +60,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an operation of torch, by name; ``results`` are copied to their places where it allocates."""
+    """A call of an operation of torch, by name; ``results``: what it allocates, copied or taken to their places."""
 
     target: str
     args: tuple[Any, ...]
@@ -92,12 +99,14 @@ class Plan:
     Attributes:
         inputs: size in bytes of each input slot.
         scratch: bytes of the one slot after them.
+        taken: number of slots after that, each the memory of what an operation of torch last gave there.
         code: what a step does, in order.
         sources: C++ text of the kernels.
     """
 
     inputs: tuple[int, ...]
     scratch: int
+    taken: int
     code: tuple[Instruction, ...]
     sources: tuple[str, ...] = field(default=(), compare=False)
 
@@ -168,8 +177,10 @@ def relocate(instruction: Instruction, where: Callable[[Place], Place]) -> Instr
     return Call(instruction.target, args, kwargs, results)
 
 
-def pack(inputs: int, sizes: dict[int, int], code: Sequence[Instruction]) -> tuple[tuple[Instruction, ...], int]:
+def pack(inputs: int, sizes: dict[int, int], code: Sequence[Instruction]) -> tuple[tuple[Instruction, ...], int, int]:
     """Lay slots that are not inputs into one scratch slot, sharing memory between those never needed together.
+
+    What torch allocates for a large result of its own stays where it is, in a slot after that.
 
     Args:
         inputs: slots ``0 .. inputs - 1`` keep their memory.
@@ -177,13 +188,16 @@ def pack(inputs: int, sizes: dict[int, int], code: Sequence[Instruction]) -> tup
         code: instructions over slots.
 
     Returns:
-        The instructions over inputs and scratch (slot ``inputs``), and the bytes of scratch.
+        The instructions over inputs, scratch (slot ``inputs``) and what follows; bytes of scratch; slots after it.
     """
+    given = [view for i in _walk(code) if isinstance(i, Call) for view in i.results]
+    large = [v.place.slot for v in given if v.place.offset == 0 and v.nbytes == sizes.get(v.place.slot, -1) >= WORTH]
+    own = {slot: inputs + 1 + number for number, slot in enumerate(large)}
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for at, instruction in enumerate(code):
         for place in places(instruction):
-            if place.slot in sizes:
+            if place.slot in sizes and place.slot not in own:
                 first.setdefault(place.slot, at)
                 last[place.slot] = at
     taken: list[tuple[int, int, int]] = []  # begin, end, last use
@@ -201,6 +215,10 @@ def pack(inputs: int, sizes: dict[int, int], code: Sequence[Instruction]) -> tup
     total = max((begin[s] + -(-max(sizes[s], 1) // ALIGN) * ALIGN for s in begin), default=0)
 
     def where(place: Place) -> Place:
-        return place if place.slot < inputs else Place(inputs, begin[place.slot] + place.offset)
+        if place.slot < inputs:
+            return place
+        if place.slot in own:
+            return Place(own[place.slot], place.offset)
+        return Place(inputs, begin[place.slot] + place.offset)
 
-    return tuple(relocate(i, where) for i in code), total
+    return tuple(relocate(i, where) for i in code), total, len(large)
