@@ -134,6 +134,8 @@ def number_rows(numbers: Mapping[str, Any], tolerance: float) -> list[Row]:
         ),
         _row("bound, nats", numbers["bound"], "", "at the returned parameters, whole data"),
     ]
+    if "held_out" in numbers:
+        rows[-1:] = _held_out_rows(numbers)
     for group, words in (("total", "all parameters"), ("theta", "generative (theta)"), ("phi", "variational (phi)")):
         rows.append(
             _row(
@@ -152,6 +154,21 @@ def number_rows(numbers: Mapping[str, Any], tolerance: float) -> list[Row]:
         ),
     ]
     return rows
+
+
+def _held_out_rows(numbers: Mapping[str, Any]) -> list[Row]:
+    """Bounds, and the norm of the gradient, on held-out rows."""
+    found = numbers["held_out"]
+    on, span = f"on {found['rows']:,} held-out rows", "over the best window so far"
+    total, per = found["gradient_norm_sq"]["total"], numbers["gradient_norm_sq"]["per"]
+    unit = "per datum" if per == "datum" else "whole data"
+    return [
+        _row("bound, nats", numbers["bound"], "", f"{on}, scaled to the size of the whole data"),
+        _row("bound, nats per datum", found["bound_per_datum"], "", f"{on}, at the returned parameters"),
+        _row("improvement on held-out rows, nats", found["over_best_nats"], "", f"{span}, of the newest parameters"),
+        _row("improvement on training rows, nats", found["training_over_best_nats"], "", f"{span}, of the same"),
+        _row("squared gradient norm, held-out rows", total, "", f"mean over this run, {unit}"),
+    ]
 
 
 def _row(name: str, number: Mapping[str, Any], against: str, note: str) -> Row:
