@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from bbvi_conv.archive import Archive
+    from bbvi_conv.evaluate import Latents
     from bbvi_conv.theory import Assumptions
 
 
@@ -261,10 +262,27 @@ class Fit:
         return to_arviz(self, num_samples)
 
     def plot(self, kind: str) -> Figure:
-        """Figure of ``"gradient_norm"``, ``"bound"``, ``"gap"`` or ``"rate"``."""
+        """Figure of ``"gradient_norm"``, ``"bound"``, ``"gap"`` or ``"rate"``.
+
+        Of a model that decodes the latents of single data ``"latents"`` too, and where it decodes them into images
+        ``"reconstructions"``, ``"samples"`` and ``"traversals"``.
+
+        Raises:
+            ValueError: an unknown kind, or one that this fit has none of, and why.
+        """
         from bbvi_conv.plots import plot
 
         return plot(self, kind)
+
+    @cached_property
+    def use_of_latents(self) -> Latents:
+        """KL and activity of every coordinate of the latents of single data, over the rows that figures show.
+
+        :func:`bbvi_conv.evaluate.latents` takes any data, and as many rows and draws as are wanted.
+        """
+        from bbvi_conv.decoded import measured
+
+        return measured(self)
 
     def assumptions(self, *, log_concave: bool | None = None) -> Assumptions:
         """What convergence theorems ask of this fit, at its parameters; see :func:`bbvi_conv.assumptions`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bbvi_conv import decoded
 from bbvi_conv.monitor.gradient_norm import ends as norm_ends
 from bbvi_conv.monitor.intervals import Estimate, student_quantile
 from bbvi_conv.monitor.rate import envelope, envelope_constant, rates
@@ -37,14 +38,17 @@ def plot(fit: Fit, kind: str) -> Figure:
         fit: the fit, finished or not.
         kind: ``gradient_norm``: squared gradient norm at random iterates, its running mean and the theorem's envelope;
             ``bound``: the bound along the run; ``gap``: the three distances of every check and the tolerance;
-            ``rate``: running mean over envelope, and the exponent of the norm itself.
+            ``rate``: running mean over envelope, and the exponent of the norm itself; and of a model that decodes the
+            latents of single data ``latents``, ``reconstructions``, ``samples``, ``traversals``: see
+            :mod:`bbvi_conv.decoded`.
 
     Raises:
-        ValueError: if ``kind`` is unknown.
+        ValueError: if ``kind`` is unknown, or the fit has none of it.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of plot {kind!r}; choose one of {', '.join(KINDS)}")
-    return KINDS[kind](fit)
+    kinds = KINDS | OF_LATENTS
+    if kind not in kinds:
+        raise ValueError(f"unknown kind of plot {kind!r}; choose one of {', '.join(kinds)}")
+    return kinds[kind](fit)
 
 
 def gradient_norm(fit: Fit) -> Figure:
@@ -219,7 +223,20 @@ def rate(fit: Fit) -> Figure:
     return figure
 
 
-KINDS: dict[str, Callable[[Any], Figure]] = {"gradient_norm": gradient_norm, "bound": bound, "gap": gap, "rate": rate}
+KINDS: dict[str, Callable[[Any], Figure]] = {
+    "gradient_norm": gradient_norm,
+    "bound": bound,
+    "gap": gap,
+    "rate": rate,
+}
+"""Figures of the course of a run."""
+OF_LATENTS: dict[str, Callable[[Any], Figure]] = {
+    "reconstructions": decoded.reconstructions,
+    "samples": decoded.samples,
+    "traversals": decoded.traversals,
+    "latents": decoded.latents,
+}
+"""Figures of what a model makes of the latents of single data, where it has any."""
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
