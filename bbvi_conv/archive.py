@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from bbvi_conv.fitting import Fit
 
 POSTERIOR_DRAWS = 1000
+HELD_OUT = "held_out_sha256"
+"""Key of ``config.json``, there for a run with held-out data."""
 _PACKAGES = ("bbvi_conv", "torch", "pyro-ppl", "numpy", "scipy", "arviz")
 
 
@@ -77,6 +79,7 @@ class Archive:
             "settings": {f.name: encode(getattr(settings, f.name)) for f in dataclasses.fields(settings)},
             "source": None if source is None else {"path": source.path, "name": source.name},
             "data_sha256": data_hash(program.args, program.kwargs),
+            **({} if run.held_out is None else {HELD_OUT: data_hash(run.held_out.args, {})}),
             "engine": {"name": run.engine.name, "reason": run.engine.reason},
             "dtype": str(program.dtype).removeprefix("torch."),
             "unit": program.structure.describe(),
@@ -91,7 +94,8 @@ class Archive:
         self.directory.lock()
         tables = [self._rows(index, one.monitor) for index, one in enumerate(state.seeds)]
         self.directory.save_checkpoint(*pack(state, tables))
-        self.directory.write_text("monitor.csv", monitor_csv(tables, seed))
+        names = columns(held_out=state.monitor.judges_held_out)
+        self.directory.write_text("monitor.csv", monitor_csv(names, tables, seed))
 
     def _rows(self, index: int, monitor: MonitorState) -> Rows:
         """Rows of the looks of one seed; those of looks that were written before are kept."""
@@ -141,15 +145,13 @@ class Archive:
             return None
         return unpack(*self.directory.load_checkpoint())
 
-    def plan(
-        self,
-        model: Callable[..., Any] | None,
-        guide: Callable[..., Any] | None,
-        args: tuple[Any, ...] | Tensor | None,
-        kwargs: dict[str, Any] | None,
-        given: dict[str, Any],
-    ) -> Plan:
+    def plan(self, recipe: Recipe | None, held_out: tuple[Any, ...] | None, given: dict[str, Any]) -> Plan:
         """Model, data and settings of the run, from its model file or from what is given.
+
+        Args:
+            recipe: model, guide and data; None: those of the model file.
+            held_out: held-out data; None: those of the model file, where the run has any.
+            given: settings by name, in place of the stored ones.
 
         Raises:
             ValueError: no model to be found, other data, or a setting that a file cannot hold.
@@ -166,27 +168,39 @@ class Archive:
         if settings["engine"] == "auto" and "engine" not in given:  # the same bits need the same engine
             settings["engine"], engine_reason = config["engine"]["name"], config["engine"]["reason"]
         chosen = Settings(**settings)
-        found_args: tuple[Any, ...] = (args,) if isinstance(args, Tensor) else tuple(args or ())
         found = None if source is None else ModelSource(source["path"], source["name"])
-        if model is None:
+        judged = HELD_OUT in config
+        if recipe is None:
             if found is None:
                 raise ValueError(
                     f"the run in {self.directory.path} was not made from a model file: give model, guide and args"
                 )
             from bbvi_conv.model_file import load_model
 
-            file = load_model(found.path if found.name is None else f"{found.path}:{found.name}", seed=chosen.seed)
-            model, guide, found_args, kwargs = file.model, file.guide, file.args, file.kwargs
-        if data_hash(found_args, kwargs or {}) != config["data_sha256"]:
+            spec = found.path if found.name is None else f"{found.path}:{found.name}"
+            file = load_model(spec, seed=chosen.seed, held_out=judged and held_out is None)
+            recipe = Recipe(file.model, file.guide, file.args, file.kwargs, found, file.held_out)
+        recipe = recipe._replace(source=found, held_out=recipe.held_out if held_out is None else held_out)
+        if data_hash(recipe.args, recipe.kwargs) != config["data_sha256"]:
             raise ValueError(f"the data are not those of the run in {self.directory.path}: give the same, or fit anew")
-        return Plan(Recipe(model, guide, found_args, kwargs or {}, found), chosen, engine_reason)
+        self._check_held_out(recipe.held_out, config.get(HELD_OUT))
+        return Plan(recipe, chosen, engine_reason)
+
+    def _check_held_out(self, given: tuple[Any, ...] | None, wanted: str | None) -> None:
+        path = self.directory.path
+        if given is None and wanted is not None:
+            raise ValueError(f"the run in {path} was judged on held-out data: give them as held_out")
+        if given is not None and wanted is None:
+            raise ValueError(f"the run in {path} has no held-out data: leave held_out out, or fit anew with it")
+        if given is not None and data_hash(given, {}) != wanted:
+            raise ValueError(f"the held-out data are not those of the run in {path}: give the same, or fit anew")
 
 
-def monitor_csv(tables: Sequence[Rows], seed: int) -> str:
+def monitor_csv(names: Sequence[str], tables: Sequence[Rows], seed: int) -> str:
     """The rows of every seed as CSV, in the order the looks were made; ``seed`` is the first of them."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["seed", *columns()])
+    writer.writerow(["seed", *names])
     for looks in itertools.zip_longest(*tables):
         present = [[seed + s, *row] for s, row in enumerate(looks) if row is not None]
         writer.writerows(["" if cell is None else cell for cell in row] for row in present)

@@ -32,6 +32,8 @@ def pack(state: FitState, tables: Sequence[Rows] | None = None) -> tuple[dict[st
         tensors |= {f"{head}carry.{part:03d}": tensor for part, tensor in enumerate(one.carry.flat())}
         if one.previous is not None:
             tensors[f"{head}previous"] = one.previous
+        if one.best is not None:
+            tensors[f"{head}best"] = one.best
         metas.append(_pack_seed(one, to_rows(one.monitor) if tables is None else tables[index]))
     return tensors, {"version": VERSION, **metas[0], "others": metas[1:]}
 
@@ -44,11 +46,16 @@ def _head(index: int) -> str:
 def _pack_seed(state: FitState, rows: Rows) -> dict[str, Any]:
     return {
         "window_start": state.window_start,
-        "monitor": {"label": state.monitor.label, "columns": columns(), "rows": rows},
-        "checks": [[check.step, *(list(estimate) for estimate in check[1:])] for check in state.checks],
+        "monitor": {
+            "label": state.monitor.label,
+            "columns": columns(held_out=state.monitor.judges_held_out),
+            "rows": rows,
+        },
+        "checks": [[check.step, *(list(estimate) for estimate in check[1:] if estimate)] for check in state.checks],
         "losses": [list(chunk) for chunk in state.losses],
         "seconds": dict(state.seconds),
         "done": state.done,
+        **({} if state.best is None else {"best_step": state.best_step}),
     }
 
 
@@ -81,4 +88,6 @@ def _unpack_seed(tensors: dict[str, Tensor], meta: dict[str, Any], head: str) ->
         losses=tuple((first, count, loss) for first, count, loss in meta["losses"]),
         seconds=meta["seconds"],
         done=meta["done"],
+        best=tensors.get(f"{head}best"),
+        best_step=meta.get("best_step", 0),
     )

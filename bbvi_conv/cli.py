@@ -58,6 +58,9 @@ def fit(
     minibatch: Annotated[int | None, typer.Option(help="rows a step sees")] = None,
     plate: Annotated[str | None, typer.Option(help="the plate whose rows are subsampled")] = None,
     step_size: Annotated[float | None, typer.Option(help="C of the optimiser's step-size rule")] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out/--no-held-out", help="judge on the file's held_out(), where it has one")
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="the new run directory; by default runs/FILE")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -71,7 +74,7 @@ def fit(
 
         if seed is not None and seed < 0:
             raise ValueError(f"--seed must be at least 0, got {seed}")
-        found = failing.model = load_model(file, seed=seed)
+        found = failing.model = load_model(file, seed=seed, held_out=held_out)
         directory = out or Path("runs") / "-".join(filter(None, (found.path.stem, found.name)))
         if RunDirectory(directory).holds_run():
             raise ValueError(f"{directory} already holds a run: choose another directory with --out, or resume it")
@@ -142,7 +145,8 @@ def rerun(
         if first.source is None:
             raise ValueError(f"the model of {run} came from no file: make the run again with bbvi_conv.fit")
         spec = ":".join(filter(None, first.source))
-        found = failing.model = load_model(spec, seed=first.settings.seed)
+        judged = first.run.held_out is not None
+        found = failing.model = load_model(spec, seed=first.settings.seed, held_out=judged)
         settings = {field.name: getattr(first.settings, field.name) for field in dataclasses.fields(first.settings)}
         if found.guide is not None:
             del settings["family"]
@@ -185,6 +189,7 @@ def _fit(found: ModelFile, settings: Mapping[str, Any], out: Path, quiet: bool) 
         found.guide,
         found.args,
         found.kwargs,
+        held_out=found.held_out,
         out=out,
         progress=not quiet,
         source=bc.ModelSource(str(found.path), found.name),

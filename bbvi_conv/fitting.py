@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from bbvi_conv.monitor.distance import scaled
 from bbvi_conv.monitor.intervals import Estimate, unavailable
+from bbvi_conv.monitor.judge import Check
 from bbvi_conv.monitor.seeds import Agreement, agreement, highest
-from bbvi_conv.monitor.state import signal_to_noise
+from bbvi_conv.monitor.state import signal_to_noise, summary
 from bbvi_conv.objectives import Objective
 from bbvi_conv.program.buffers import CalledModule, own_buffers, restore_buffers
 from bbvi_conv.program.program import Params
 from bbvi_conv.progress import Progress
-from bbvi_conv.recipe import ModelSource, Recipe
-from bbvi_conv.run import FitState, OnLook, Run, Settings, figures, returned
+from bbvi_conv.recipe import ModelSource, Recipe, positional
+from bbvi_conv.run import FitState, OnLook, Run, Settings, figures, prefers_best, returned
 from bbvi_conv.settings import encode
 from bbvi_conv.starts import starts
 from bbvi_conv.verdict import Evidence, Verdict, decide, decide_seeds
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from bbvi_conv.archive import Archive
+    from bbvi_conv.evaluate import Latents
     from bbvi_conv.theory import Assumptions
 
 
@@ -38,7 +41,7 @@ def fit(
     kwargs: dict[str, Any] | None = None,
     *,
     init: Fit | None = None,
-    held_out: tuple[Any, ...] | None = None,
+    held_out: tuple[Any, ...] | Tensor | None = None,
     out: str | Path | None = None,
     progress: bool = True,
     on_look: OnLook | None = None,
@@ -62,7 +65,9 @@ def fit(
         kwargs: keyword arguments.
         init: an earlier fit: parameters of the same name and shape are the start; another family (a richer one, say)
             starts at the locations and scales of the earlier fit's sites.
-        held_out: positional arguments over held-out rows, on which bound and paired improvement are then judged.
+        held_out: positional arguments over held-out rows; needs a minibatch of gathered rows. Bound and gradient norm
+            are then looked at on them as well, and they judge the improvement from window to window: a model that
+            overfits is stopped, and what is returned is the window that they like best.
         out: a new run directory: checkpoints at every look, then verdict, posterior and report.
         progress: show a progress bar on a terminal.
         on_look: called with the :class:`~bbvi_conv.run.FitState` after every look and check.
@@ -83,15 +88,17 @@ def fit(
     if guide is not None and settings.get("family") is not None:
         raise ValueError("give a guide or a family, not both: the family would make another guide")
     chosen = Settings(**{k: v for k, v in settings.items() if k != "family" or v is not None})
-    recipe = Recipe(model, guide, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}, source)
+    judged = None if held_out is None else positional(held_out)
+    recipe = Recipe(model, guide, positional(args), kwargs or {}, source, judged)
     program = recipe.program(chosen)
+    unseen = recipe.unseen(program)
     archive = None
     if out is not None:
         from bbvi_conv.archive import Archive
 
         archive = Archive.create(out)
     try:
-        run = Run(program, chosen, None if held_out is None else program.with_data(held_out))
+        run = Run(program, chosen, unseen)
         state = run.start(*starts(program, chosen, recipe, init))
         if archive is not None:
             archive.describe(run, source)
@@ -255,10 +262,27 @@ class Fit:
         return to_arviz(self, num_samples)
 
     def plot(self, kind: str) -> Figure:
-        """Figure of ``"gradient_norm"``, ``"bound"``, ``"gap"`` or ``"rate"``."""
+        """Figure of ``"gradient_norm"``, ``"bound"``, ``"gap"`` or ``"rate"``.
+
+        Of a model that decodes the latents of single data ``"latents"`` too, and where it decodes them into images
+        ``"reconstructions"``, ``"samples"`` and ``"traversals"``.
+
+        Raises:
+            ValueError: an unknown kind, or one that this fit has none of, and why.
+        """
         from bbvi_conv.plots import plot
 
         return plot(self, kind)
+
+    @cached_property
+    def use_of_latents(self) -> Latents:
+        """KL and activity of every coordinate of the latents of single data, over the rows that figures show.
+
+        :func:`bbvi_conv.evaluate.latents` takes any data, and as many rows and draws as are wanted.
+        """
+        from bbvi_conv.decoded import measured
+
+        return measured(self)
 
     def assumptions(self, *, log_concave: bool | None = None) -> Assumptions:
         """What convergence theorems ask of this fit, at its parameters; see :func:`bbvi_conv.assumptions`."""
@@ -300,7 +324,9 @@ class Fit:
         """What the verdict on one seed rests on."""
         trend, reason = self.run.trend(self.state)
         signal = signal_to_noise(self.state.monitor, "phi")
-        return Evidence(self.state.checks, trend, reason, self.run.failure(self.state), self.interrupted, signal)
+        parts = self.run.trends(self.state) if self.run.held_out is not None else {}
+        seen = Evidence(self.state.checks, trend, reason, self.run.failure(self.state), self.interrupted, signal)
+        return seen._replace(parts=parts, best_step=self.state.best_step)
 
     def _verdict(self) -> Verdict:
         evidence = self._evidence()
@@ -349,14 +375,43 @@ class Fit:
         return khat(self), khat_threshold(self.settings.khat_draws)
 
     def _distances(self) -> dict[str, Any]:
-        """Numbers of the last check of one seed."""
+        """Numbers of the check of what one seed returns, and its last improvement."""
         missing = unavailable("no check was made: run more steps")
         last = self.state.checks[-1] if self.state.checks else None
+        own = self.returned_check
         return {
-            "remaining_gap_nats": (last.gap if last else missing).to_json(),
-            "natural_gradient_norm": (last.natural if last else missing).to_json(),
+            "remaining_gap_nats": (own.gap if own else missing).to_json(),
+            "natural_gradient_norm": (own.natural if own else missing).to_json(),
             "paired_improvement": (last.improvement if last else missing).to_json(),
-            "bound": (last.bound if last else missing).to_json(),
+            "bound": (own.bound if own else missing).to_json(),
+        }
+
+    @property
+    def returned_check(self) -> Check | None:
+        """The check of the parameters that are returned; None before the first."""
+        state = self.state.seeds[self.best]
+        if not prefers_best(state, self.settings.tol):
+            return state.checks[-1] if state.checks else None
+        return next(check for check in state.checks if check.step == state.best_step)
+
+    def _held_out_numbers(self) -> dict[str, Any]:
+        """What held-out rows say, where there are any; in the units of the looks."""
+        unseen, last = self.run.held_out, self.returned_check
+        if unseen is None:
+            return {}
+        missing = unavailable("no check was made: run more steps")
+        newest = self.state.checks[-1] if self.state.checks else None
+        monitor = self.state.monitor.held_out
+        norms = summary(monitor, steps=self.state.step + 1 if monitor.looks else None).gradient_norm_sq
+        return {
+            "held_out": {
+                "rows": unseen.total,
+                "bound_per_datum": scaled(last.bound if last else missing, 1 / self.program.total).to_json(),
+                "over_best_nats": ((newest and newest.over_best) or missing).to_json(),
+                "training_over_best_nats": ((newest and newest.training) or missing).to_json(),
+                "gradient_norm_sq": {group: norms[group].to_json() for group in ("theta", "phi", "total")},
+                "returned_step": last.step if last else None,
+            }
         }
 
     def _numbers(self, khat: Estimate, threshold: float | None, whole: Fit | None = None) -> dict[str, Any]:
@@ -379,6 +434,7 @@ class Fit:
             "engine": {"name": whole.engine_name, "reason": whole.engine_reason},
             "unit": self.program.structure.describe(),
             "objective": encode(self.objective),
+            **self._held_out_numbers(),
         }
 
 
@@ -389,15 +445,14 @@ def load(
     guide: Callable[..., Any] | None = None,
     args: tuple[Any, ...] | Tensor | None = None,
     kwargs: dict[str, Any] | None = None,
-    held_out: tuple[Any, ...] | None = None,
+    held_out: tuple[Any, ...] | Tensor | None = None,
     **settings: Any,
 ) -> Fit:
     """The fit in a run directory, as it stands; ``load(directory).resume()`` takes up a run that was killed.
 
     Args:
         directory: a run directory.
-        model, guide, args, kwargs: needed where the model did not come from a file.
-        held_out: as for :func:`fit`, where it was given there.
+        model, guide, args, kwargs, held_out: as for :func:`fit`; needed where the model did not come from a file.
         **settings: settings that a file cannot hold (a family of your own), by name.
 
     Raises:
@@ -406,10 +461,10 @@ def load(
     from bbvi_conv.archive import Archive
 
     archive = Archive.open(directory)
-    plan = archive.plan(model, guide, args, kwargs, settings)
+    own = None if model is None else Recipe(model, guide, positional(() if args is None else args), kwargs or {}, None)
+    plan = archive.plan(own, None if held_out is None else positional(held_out), settings)
     program = plan.recipe.program(plan.settings)
-    judged = None if held_out is None else program.with_data(held_out)
-    run = Run(program, plan.settings, judged, engine_reason=plan.engine_reason)
+    run = Run(program, plan.settings, plan.recipe.unseen(program), engine_reason=plan.engine_reason)
     state = archive.state()
     if state is None:
         state = run.start(*starts(program, plan.settings, plan.recipe))

@@ -7,6 +7,7 @@ number of pixels, or three times one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from bbvi_conv.evaluate.subject import Source, Subject, subject
 from bbvi_conv.posterior.sites import replay
 from bbvi_conv.program.buffers import buffers_kept
-from bbvi_conv.program.noise import generator
+from bbvi_conv.program.minibatch import Batch
+from bbvi_conv.program.noise import Noise, generator
+from bbvi_conv.program.program import Program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,9 +65,22 @@ def samples(source: Source, data: Any = None, *, rows: int = 4, columns: int = 1
 
 
 def traversals(
-    source: Source, data: Any = None, *, latents: int = 6, columns: int = 9, site: str | None = None, seed: int = 0
+    source: Source,
+    data: Any = None,
+    *,
+    latents: int | Sequence[int] = 6,
+    columns: int = 9,
+    site: str | None = None,
+    seed: int = 0,
 ) -> Figure:
     """From a draw for the first datum, one coordinate of a latent site at a time, from -3 to 3.
+
+    Args:
+        source, data: as for :func:`reconstructions`; at least ``columns`` data.
+        latents: which coordinates, or how many of the first.
+        columns: images of each.
+        site: the latent site; None: the last one.
+        seed: of the draw.
 
     Raises:
         ValueError: no such latent site.
@@ -74,37 +90,44 @@ def traversals(
     name = site or names[-1]
     if name not in names:
         raise ValueError(f"there is no latent site {name!r}; the sites are {', '.join(names)}")
-    drawn = _draw(found, seed)
-    base = {key: value[:1].expand_as(value).clone() for key, value in drawn.items()}
+    batch, _ = next(found.parts())
+    latent = drawn(found.program, found.x, _noise(found.program, seed), batch)
+    base = {key: value[:1].expand_as(value).clone() for key, value in latent.items()}
     flat = base[name].flatten(1)
     steps = torch.linspace(-REACH, REACH, len(flat)).to(flat)
     rows = []
-    for j in range(min(latents, flat.shape[1])):
+    chosen = range(min(latents, flat.shape[1])) if isinstance(latents, int) else latents
+    for j in chosen:
         moved = flat.clone()
         moved[:, j] = steps
-        rows.append(as_images(_observed(found, {**base, name: moved.reshape(base[name].shape)})[1]))
-    return _grid(rows, [f"{name}[{j}]" for j in range(len(rows))])
+        latent = {**base, name: moved.reshape(base[name].shape)}
+        rows.append(as_images(observed(found.program, found.x, latent, batch)[1]))
+    return _grid(rows, [f"{name}[{j}]" for j in chosen])
 
 
 def _through(found: Subject, seed: int) -> tuple[Tensor, Tensor]:
     """Observed values and their means at one draw of the guide."""
-    return _observed(found, _draw(found, seed))
-
-
-def _draw(found: Subject, seed: int) -> dict[str, Tensor]:
-    program = found.program
-    noise = program.layout.draw(generator(seed, STREAM, 0, program.device), dtype=program.dtype)
     batch, _ = next(found.parts())
+    latent = drawn(found.program, found.x, _noise(found.program, seed), batch)
+    return observed(found.program, found.x, latent, batch)
+
+
+def _noise(program: Program, seed: int) -> Noise:
+    return program.layout.draw(generator(seed, STREAM, 0, program.device), dtype=program.dtype)
+
+
+def drawn(program: Program, x: Tensor, noise: Noise, batch: Batch) -> dict[str, Tensor]:
+    """Values of the latent sites at one draw of the guide."""
     with torch.no_grad(), buffers_kept(program.modules):
-        trace = program.drawn(found.x, noise, batch)
+        trace = program.drawn(x, noise, batch)
     return {site.name: trace.nodes[site.name]["value"] for site in program.structure.latents}
 
 
-def _observed(found: Subject, latents: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    batch, _ = next(found.parts())
-    with torch.no_grad(), buffers_kept(found.program.modules):
-        trace = replay(found.program, found.x, latents, batch)
-    node = trace.nodes[found.program.structure.observed[-1].name]
+def observed(program: Program, x: Tensor, latents: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+    """Values of the last observed site, and their means under the model at these latents; each ``(B, ...)``."""
+    with torch.no_grad(), buffers_kept(program.modules):
+        trace = replay(program, x, latents, batch)
+    node = trace.nodes[program.structure.observed[-1].name]
     return node["value"], node["fn"].mean
 
 

@@ -1,4 +1,5 @@
-"""Model files, shipped or a user's own: Python files that hold ``model``, ``data()`` and maybe ``guide`` and ``fit``.
+"""Model files, shipped or a user's own: Python files that hold ``model`` and ``data()``, and maybe ``guide``,
+``held_out()`` and ``fit``.
 
 A file is run by its path under a private module name, so a folder called ``models`` never becomes a package. It is
 code: run only files you trust.
@@ -31,6 +32,8 @@ class ModelFile:
         args, kwargs: what ``data()`` returned.
         defaults: the file's ``fit`` dict, keyword arguments of :func:`bbvi_conv.fit`.
         seed: the seed under which the file and its ``data()`` were run.
+        held_out: what ``held_out()`` returned, positional arguments over held-out rows; None where it was not asked for
+            or the file has none.
     """
 
     path: Path
@@ -41,9 +44,10 @@ class ModelFile:
     kwargs: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    held_out: tuple[Any, ...] | None = None
 
 
-def load_model(spec: str, *, seed: int | None = None) -> ModelFile:
+def load_model(spec: str, *, seed: int | None = None, held_out: bool = False) -> ModelFile:
     """Run the file of ``FILE[:NAME]`` and take what it holds.
 
     ``FILE`` is a path, or the name of a shipped model such as ``eight_schools``. ``NAME`` picks another model of the
@@ -53,9 +57,10 @@ def load_model(spec: str, *, seed: int | None = None) -> ModelFile:
         spec: ``FILE[:NAME]``.
         seed: for networks made at load and for random data; None: the ``seed`` of the file's ``fit`` dict, else 0. The
             generators of torch, numpy and Python are left as found.
+        held_out: run ``held_out()`` too, where the file has one.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file fails, or lacks ``model``, ``NAME`` or ``data()``, or ``data()`` fails.
+        ValueError: the file fails, or lacks ``model``, ``NAME`` or ``data()``, or ``data()`` or ``held_out()`` fails.
     """
     path, name = locate_model(spec)
     module = _run(path, 0 if seed is None else seed)
@@ -69,7 +74,8 @@ def load_model(spec: str, *, seed: int | None = None) -> ModelFile:
             defaults = _defaults(path, module)
     model, guide = _programs(path, module, name)
     args, kwargs = _data(path, module, seed)
-    return ModelFile(path, name, model, guide, args, kwargs, defaults, seed)
+    unseen = _held_out(path, module, seed) if held_out else None
+    return ModelFile(path, name, model, guide, args, kwargs, defaults, seed, unseen)
 
 
 def load_programs(path: str, name: str | None, *, seed: int) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
@@ -174,8 +180,8 @@ def _programs(path: Path, module: ModuleType, name: str | None) -> tuple[Callabl
 
 
 def _is_own_function(module: ModuleType, key: str, value: Any) -> bool:
-    own = getattr(value, "__module__", None) == module.__name__
-    return own and callable(value) and not isinstance(value, type) and not key.startswith("_") and key != "data"
+    own = getattr(value, "__module__", None) == module.__name__ and not key.startswith("_")
+    return own and callable(value) and not isinstance(value, type) and key not in ("data", "held_out")
 
 
 def _data(path: Path, module: ModuleType, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -192,6 +198,23 @@ def _data(path: Path, module: ModuleType, seed: int) -> tuple[tuple[Any, ...], d
     raise ValueError(
         f"{path}: its data() returned {type(found).__name__}, not the tuple of positional arguments or a dict of "
         "keyword arguments; a single argument x is returned as `(x,)`"
+    )
+
+
+def _held_out(path: Path, module: ModuleType, seed: int) -> tuple[Any, ...] | None:
+    """What ``held_out()`` returns; None where there is none."""
+    function = getattr(module, "held_out", None)
+    if function is None:
+        return None
+    if not callable(function):
+        raise ValueError(f"{path}: its held_out is no function but {type(function).__name__}; rename it")
+    with _reported(path, "its held_out()"), _seeded(seed), _beside(path):
+        found = function()
+    if isinstance(found, tuple):
+        return found
+    raise ValueError(
+        f"{path}: its held_out() returned {type(found).__name__}, not the tuple of positional arguments of the model "
+        "over held-out rows; a single argument x is returned as `(x,)`"
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bbvi_conv import decoded
 from bbvi_conv.monitor.gradient_norm import ends as norm_ends
 from bbvi_conv.monitor.intervals import Estimate, student_quantile
 from bbvi_conv.monitor.rate import envelope, envelope_constant, rates
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C8C8C"
 """Okabe and Ito (2008), told apart by colour-blind readers."""
 DPI = 150
+CHECKED = "check, at the returned parameters"
 _TITLES = {"total": "all parameters", "theta": "generative (theta)", "phi": "variational (phi)", "shared": "shared"}
 
 
@@ -36,20 +38,24 @@ def plot(fit: Fit, kind: str) -> Figure:
         fit: the fit, finished or not.
         kind: ``gradient_norm``: squared gradient norm at random iterates, its running mean and the theorem's envelope;
             ``bound``: the bound along the run; ``gap``: the three distances of every check and the tolerance;
-            ``rate``: running mean over envelope, and the exponent of the norm itself.
+            ``rate``: running mean over envelope, and the exponent of the norm itself; and of a model that decodes the
+            latents of single data ``latents``, ``reconstructions``, ``samples``, ``traversals``: see
+            :mod:`bbvi_conv.decoded`.
 
     Raises:
-        ValueError: if ``kind`` is unknown.
+        ValueError: if ``kind`` is unknown, or the fit has none of it.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of plot {kind!r}; choose one of {', '.join(KINDS)}")
-    return KINDS[kind](fit)
+    kinds = KINDS | OF_LATENTS
+    if kind not in kinds:
+        raise ValueError(f"unknown kind of plot {kind!r}; choose one of {', '.join(kinds)}")
+    return kinds[kind](fit)
 
 
 def gradient_norm(fit: Fit) -> Figure:
     """Running mean of U with its interval, U at every look, and the envelope; theta and phi apart where both are.
 
-    With several seeds U is averaged over them, and a thin line is the running mean of one.
+    With several seeds U is averaged over them, and a thin line is the running mean of one. Another is that on held-out
+    rows, where there are any.
     """
     monitors = _monitors(fit)
     present = [group for group in GROUPS if series(monitors[0], group) is not None]
@@ -74,7 +80,8 @@ def gradient_norm(fit: Fit) -> Figure:
 def bound(fit: Fit) -> Figure:
     """The bound over steps, whole run and its second half, with the intervals of the checks.
 
-    With several seeds the line is their mean and the band their range.
+    With several seeds the line is their mean and the band their range. Where there are held-out rows, a second line is
+    the bound on them at every look, its band the 95% interval.
     """
     figure, axes = _figure(2)
     seeds, per = fit.state.seeds, fit.run.normaliser
@@ -91,6 +98,8 @@ def bound(fit: Fit) -> Figure:
     rows = [chunks[key] for key in sorted(chunks)]
     values, low, high = (np.array([float(of(row)) for row in rows]) for of in (np.mean, np.min, np.max))
     checks = [(c.step, _divided(c.bound, per)) for one in seeds for c in one.checks if c.bound.available]
+    unseen = _held_out_bounds([one.monitor.held_out for one in seeds])
+    on = ", on held-out rows" if fit.run.held_out is not None else ""
     last = float(first[-1] + count[-1])
     of_seeds = f", {len(seeds)} seeds" if len(seeds) > 1 else ""
     for axis, start, title in ((axes[0], 0.0, "whole run"), (axes[1], last / 2, "second half")):
@@ -101,7 +110,12 @@ def bound(fit: Fit) -> Figure:
             axis.fill_between(
                 middle[shown], low[shown], high[shown], color=BLUE, alpha=0.15, lw=0, label="range of the seeds"
             )
-        _intervals(axis, [(s, e) for s, e in checks if s >= start], ORANGE, "o", "check, at the returned parameters")
+        late = unseen[:, unseen[0] >= start]
+        if late.size:
+            axis.plot(late[0], late[1], color=GREEN, lw=1.2, label=f"held-out rows, at every look{of_seeds}")
+            axis.fill_between(late[0], late[1] - late[2], late[1] + late[2], color=GREEN, alpha=0.2, lw=0)
+        shown_checks = [(s, e) for s, e in checks if s >= start]
+        _intervals(axis, shown_checks, ORANGE, "o", f"check{on}, at the newest parameters" if on else CHECKED)
         axis.set_title(title)
         axis.set_xlabel("optimiser step")
         axis.ticklabel_format(axis="y", useOffset=False)
@@ -110,6 +124,15 @@ def bound(fit: Fit) -> Figure:
     _legend_below(figure, axes[1])
     figure.suptitle(f"Bound: {type(fit.settings.bound()).__name__}")
     return figure
+
+
+def _held_out_bounds(monitors: Sequence[MonitorState]) -> Array:
+    """Step, mean bound of the seeds on held-out rows and half its 95% interval, at the looks that all have: (3, L)."""
+    looks = list(zip(*(monitor.looks for monitor in common(monitors)), strict=True))
+    rows = [[(e.bound, e.bound_error) for e in of_seeds if e.bound is not None] for of_seeds in looks]
+    values = np.array(rows, dtype=float).reshape(len(looks), len(monitors), 2)
+    error = 1.96 * np.sqrt((values[..., 1] ** 2).sum(1)) / len(monitors)
+    return np.array([[of_seeds[0].step for of_seeds in looks], values[..., 0].mean(1), error], dtype=float)
 
 
 def gap(fit: Fit) -> Figure:
@@ -200,7 +223,20 @@ def rate(fit: Fit) -> Figure:
     return figure
 
 
-KINDS: dict[str, Callable[[Any], Figure]] = {"gradient_norm": gradient_norm, "bound": bound, "gap": gap, "rate": rate}
+KINDS: dict[str, Callable[[Any], Figure]] = {
+    "gradient_norm": gradient_norm,
+    "bound": bound,
+    "gap": gap,
+    "rate": rate,
+}
+"""Figures of the course of a run."""
+OF_LATENTS: dict[str, Callable[[Any], Figure]] = {
+    "reconstructions": decoded.reconstructions,
+    "samples": decoded.samples,
+    "traversals": decoded.traversals,
+    "latents": decoded.latents,
+}
+"""Figures of what a model makes of the latents of single data, where it has any."""
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
@@ -243,6 +279,7 @@ def _norm_panel(axis: Axes, monitors: Sequence[MonitorState], name: str, run: Se
             own = running_means(one.lengths, one.values)
             label = "running mean of one seed" if index == 0 else "_"
             axis.plot(one.stops[own > 0], own[own > 0], color=BLUE, lw=0.5, alpha=0.5, label=label)
+    _held_out_norm(axis, [monitor.held_out for monitor in monitors], name)
     positive = means > 0
     band = np.array([[e.low if e.low is not None else np.nan, e.high if e.high is not None else np.nan] for e in ends])
     bottom = axis.get_ylim()[0]
@@ -254,6 +291,15 @@ def _norm_panel(axis: Axes, monitors: Sequence[MonitorState], name: str, run: Se
         axis.plot(late, envelope(late, constant), color=ORANGE, ls="--", lw=1.4, label=r"envelope $C\,\log n/\sqrt{n}$")
     top = float(np.nanmax([*means[positive], *run.values, np.nan])) if positive.any() else axis.get_ylim()[1]
     axis.set_ylim(bottom, 5.0 * top)
+
+
+def _held_out_norm(axis: Axes, monitors: Sequence[MonitorState], name: str) -> None:
+    """The running mean of U on held-out rows, up to the first look that was not finite there."""
+    run = _series(common(monitors), name)
+    if run is None:
+        return
+    means = running_means(run.lengths, run.values)
+    axis.plot(run.stops[means > 0], means[means > 0], color=GREEN, lw=0.8, label="running mean on held-out rows")
 
 
 def _points(axis: Axes, run: Series, ends: Array) -> None:

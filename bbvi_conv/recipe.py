@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from bbvi_conv.families import MeanField
 from bbvi_conv.program.build import build
@@ -28,6 +29,7 @@ class Recipe(NamedTuple):
         model, guide: Pyro programs; without a guide the settings' family makes one.
         args, kwargs: all N rows.
         source: the file they came from, if any.
+        held_out: positional arguments over held-out rows, or None.
     """
 
     model: Callable[..., Any]
@@ -35,6 +37,7 @@ class Recipe(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     source: ModelSource | None
+    held_out: tuple[Any, ...] | None = None
 
     def program(self, settings: Settings, seed: int | None = None) -> Program:
         """The traced program; ``seed`` is that of its initial parameters, by default the settings' own.
@@ -54,6 +57,14 @@ class Recipe(NamedTuple):
             seed=settings.seed if seed is None else seed,
         )
 
+    def unseen(self, program: Program) -> Program | None:
+        """``program`` over the held-out rows, where there are any.
+
+        Raises:
+            ValueError: as for :meth:`~bbvi_conv.program.program.Program.with_data`.
+        """
+        return None if self.held_out is None else program.with_data(self.held_out)
+
     def remade(self, seed: int) -> Recipe:
         """The same with networks made anew under a seed, where a file makes them."""
         if self.source is None:
@@ -62,6 +73,11 @@ class Recipe(NamedTuple):
 
         model, guide = load_programs(self.source.path, self.source.name, seed=seed)
         return self._replace(model=model, guide=guide)
+
+
+def positional(args: tuple[Any, ...] | Tensor) -> tuple[Any, ...]:
+    """Positional arguments as a tuple; a tensor is the only one."""
+    return (args,) if isinstance(args, Tensor) else tuple(args)
 
 
 def device(name: str) -> torch.device:

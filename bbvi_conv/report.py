@@ -9,10 +9,12 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bbvi_conv.plots import KINDS, plot
+from bbvi_conv.decoded import NoFigure
+from bbvi_conv.plots import plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +39,18 @@ CAPTIONS = {
         "itself, which shows a plateau where a constant step size has reached its noise floor."
     ),
     "bound": "The bound along the run, and with its interval at every check. Higher is better.",
+    "reconstructions": "Data, and under each the mean image at one draw of q(z | x).",
+    "samples": "Mean images at draws of the prior: what the model has learnt to make.",
+    "traversals": (
+        "One latent coordinate at a time moved from -3 to 3, all others held fixed. A row that does not change belongs "
+        "to a latent that the decoder does not use."
+    ),
+    "latents": (
+        "KL between q(z | x) and the prior that each coordinate carries, with 95% intervals over data; active is one "
+        "whose posterior mean varies over data by more than 0.01."
+    ),
 }
+"""What stands below each figure, in the order of the page; those of a decoder only where the model has one."""
 
 
 class Row(NamedTuple):
@@ -93,7 +106,6 @@ def render(fit: Fit) -> str:
         lstrip_blocks=True,
     )
     assumed = fit.assumptions()
-    figures = [(kind, CAPTIONS[kind], _data_uri(plot(fit, kind))) for kind in CAPTIONS if kind in KINDS]
     return environment.get_template(TEMPLATE).render(
         title=_title(fit),
         outcome=verdict.outcome,
@@ -102,7 +114,7 @@ def render(fit: Fit) -> str:
         rows=number_rows(verdict.numbers, fit.settings.tol),
         checks=[_check_row(check) for check in fit.state.seeds[fit.best].checks],
         seeds=_seed_rows(verdict.numbers),
-        figures=figures,
+        figures=_figures(fit),
         facts=_facts(fit),
         conditions=assumed.conditions,
         terms=[
@@ -114,6 +126,15 @@ def render(fit: Fit) -> str:
         seconds=[(name, f"{value:.2f}") for name, value in fit.seconds.items()],
         versions=list(versions().items()),
     )
+
+
+def _figures(fit: Fit) -> list[tuple[str, str, str]]:
+    """Kind, caption and image of every figure that the fit has."""
+    found = []
+    for kind, caption in CAPTIONS.items():
+        with suppress(NoFigure):
+            found.append((kind, caption, _data_uri(plot(fit, kind))))
+    return found
 
 
 def number_rows(numbers: Mapping[str, Any], tolerance: float) -> list[Row]:
@@ -134,6 +155,9 @@ def number_rows(numbers: Mapping[str, Any], tolerance: float) -> list[Row]:
         ),
         _row("bound, nats", numbers["bound"], "", "at the returned parameters, whole data"),
     ]
+    if "held_out" in numbers:
+        rows[1] = rows[1]._replace(note=f"{rows[1].note}, on held-out rows")
+        rows[-1:] = _held_out_rows(numbers)
     for group, words in (("total", "all parameters"), ("theta", "generative (theta)"), ("phi", "variational (phi)")):
         rows.append(
             _row(
@@ -152,6 +176,21 @@ def number_rows(numbers: Mapping[str, Any], tolerance: float) -> list[Row]:
         ),
     ]
     return rows
+
+
+def _held_out_rows(numbers: Mapping[str, Any]) -> list[Row]:
+    """Bounds, and the norm of the gradient, on held-out rows."""
+    found = numbers["held_out"]
+    on, span = f"on {found['rows']:,} held-out rows", "over the best window so far"
+    total, per = found["gradient_norm_sq"]["total"], numbers["gradient_norm_sq"]["per"]
+    unit = "per datum" if per == "datum" else "whole data"
+    return [
+        _row("bound, nats", numbers["bound"], "", f"{on}, scaled to the size of the whole data"),
+        _row("bound, nats per datum", found["bound_per_datum"], "", f"{on}, at the returned parameters"),
+        _row("improvement on held-out rows, nats", found["over_best_nats"], "", f"{span}, of the newest parameters"),
+        _row("improvement on training rows, nats", found["training_over_best_nats"], "", f"{span}, of the same"),
+        _row("squared gradient norm, held-out rows", total, "", f"mean over this run, {unit}"),
+    ]
 
 
 def _row(name: str, number: Mapping[str, Any], against: str, note: str) -> Row:

@@ -19,15 +19,16 @@ from bbvi_conv.families import MeanField
 from bbvi_conv.monitor.gradient_norm import usable
 from bbvi_conv.monitor.judge import WIDE, Check, Judge, width
 from bbvi_conv.monitor.seeds import over_seeds
-from bbvi_conv.monitor.state import MonitorState, Summary, look, update
+from bbvi_conv.monitor.state import Look, MonitorState, Summary, look, series, update
 from bbvi_conv.monitor.strata import Strata
+from bbvi_conv.monitor.trend import Plateau, plateau
 from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
 from bbvi_conv.optim import Adam, Constant, InverseSqrt, Optimiser, empty_average
 from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.minibatch import Minibatch
 from bbvi_conv.program.noise import BLOCK
 from bbvi_conv.program.program import Program
-from bbvi_conv.verdict import is_done
+from bbvi_conv.verdict import is_better, is_done, is_over, is_worse
 
 SPARSE = Strata(min_length=100, growth=0.25)
 """Strata of programs whose evaluations are wider than ``WIDE``, or run one by one."""
@@ -124,6 +125,9 @@ class FitState(NamedTuple):
         losses: ``(first step, steps, mean loss)`` of each chunk; per datum when a plate is subsampled.
         seconds: time spent on steps, monitor, compile and export; by all seeds together, kept by the first.
         done: whether the stopping rule has fired for this seed.
+        best: returned parameters of the window that held-out rows like best, where there are such rows; of two windows
+            that they do not tell apart the first.
+        best_step: step at which that window ended.
         others: the states of the seeds after the first.
     """
 
@@ -135,6 +139,8 @@ class FitState(NamedTuple):
     losses: tuple[tuple[int, int, float], ...] = ()
     seconds: Mapping[str, float] = {}
     done: bool = False
+    best: Tensor | None = None
+    best_step: int = 0
     others: tuple[FitState, ...] = ()
 
     @property
@@ -170,7 +176,17 @@ class OnLook(Protocol):
 
 
 def returned(state: FitState, settings: Settings) -> Tensor:
-    """The parameters one seed returns; a tail mean is that of the window before while the last one is short."""
+    """The parameters one seed returns: the newest, or those of the best window where held-out rows prefer them."""
+    return state.best if prefers_best(state, settings.tol) and state.best is not None else newest(state, settings)
+
+
+def prefers_best(state: FitState, tolerance: float) -> bool:
+    """Whether at the last check held-out rows had a significantly lower bound than in the best window."""
+    return bool(state.checks) and not state.frozen and is_worse(state.checks[-1].over_best, tolerance)
+
+
+def newest(state: FitState, settings: Settings) -> Tensor:
+    """What the last window came to; a tail mean is that of the window before while the last one is short."""
     carry = state.carry
     if settings.average == "last" or state.frozen:
         return carry.x
@@ -278,7 +294,8 @@ class Run:
         if len(starts) != len(self.seeds):
             raise ValueError(f"a run of {len(self.seeds)} seeds needs as many starts, got {len(starts)}")
         rule = self.settings.rule()
-        state = joined([FitState(start_carry(rule, x)) for x in starts])
+        monitor = MonitorState(judges_held_out=self.held_out is not None)
+        state = joined([FitState(start_carry(rule, x), monitor=monitor) for x in starts])
         return state._replace(seconds={"compile": self.compile_seconds})
 
     def advance(self, state: FitState, max_steps: int, on_event: Callable[[FitState, bool], None]) -> FitState:
@@ -322,7 +339,7 @@ class Run:
             made = one.checks[-1].step if one.checks else -1
             if one.step == 0 or made == one.step:
                 return one
-            x = returned(one, self.settings)
+            x = newest(one, self.settings)
             return one if x is one.previous and made >= one.window_start else self._check(seed, one, x)
 
         checked = self._each(state, [not one.frozen for one in state.seeds], check)
@@ -371,17 +388,25 @@ class Run:
         seen = self.judge.look({seed: one.carry.x for seed, one, goes in triples if goes}, index, step)
 
         def note(seed: int, one: FitState) -> FitState:
-            grams, losses, noise = seen[seed]
+            grams, losses, noise, unseen = seen[seed]
             if not all(usable(gram) for gram in grams.values()):
                 return one._replace(carry=one.carry._replace(bad=one.carry.step.clone()))
-            bound, error = -float(losses.mean()), float(losses.std()) / len(losses) ** 0.5
-            entry = look(step, index, self.strata.bounds(index), grams, bound=bound, bound_error=error, noise=noise)
+            entry = self._entry(step, index, grams, losses, noise)
+            if unseen is not None and all(usable(gram) for gram in unseen[0].values()):
+                entry = entry._replace(held_out=self._entry(step, index, *unseen, None)._replace(noise={}))
             return one._replace(monitor=update(one.monitor, entry))
 
         return self._timed(self._each(state, active, note), "monitor", start)
 
+    def _entry(
+        self, step: int, index: int, grams: dict[str, Tensor], losses: Tensor, noise: Mapping[str, float] | None
+    ) -> Look:
+        bound, error = -float(losses.mean()), float(losses.std()) / len(losses) ** 0.5
+        return look(step, index, self.strata.bounds(index), grams, bound=bound, bound_error=error, noise=noise)
+
     def _check(self, seed: int, state: FitState, x: Tensor) -> FitState:
-        check = self.judge.of_seed(seed).check(state.step, x, state.previous)
+        best = state.previous if state.best_step == state.window_start else state.best
+        check = self.judge.of_seed(seed).check(state.step, x, state.previous, best)
         return state._replace(checks=(*state.checks, check))
 
     def _close_window(self, state: FitState, closing: Sequence[bool]) -> FitState:
@@ -389,8 +414,8 @@ class Run:
         start = self.clock()
 
         def close(seed: int, one: FitState) -> FitState:
-            x = returned(one._replace(previous=None), self.settings)
-            one = self._check(seed, one, x)
+            x = newest(one._replace(previous=None), self.settings)
+            one = self._with_best(self._check(seed, one, x), x)
             settled = self.schedule.settled(one.step, one.monitor.looks)
             if settled and self._is_done(one):
                 return one._replace(done=True)
@@ -398,15 +423,24 @@ class Run:
 
         return self._timed(self._each(state, closing, close), "monitor", start)
 
+    def _with_best(self, one: FitState, x: Tensor) -> FitState:
+        """The best window so far on held-out rows: the one that has just been checked, where it is better for sure."""
+        over = one.checks[-1].over_best
+        if over is None or not (one.best is None or is_better(over, self.settings.tol)):
+            return one
+        return one._replace(best=x.clone(), best_step=one.step)
+
     def _is_done(self, one: FitState) -> bool:
         """The stopping rule; the trend, which costs more than all else in it, only where it could still object."""
         tol = self.settings.tol
+        if self.held_out is not None:
+            return is_over(one.checks, {name: found.trend for name, found in self.trends(one).items()}, tol)
         return is_done(one.checks, "undecided", tol) and is_done(one.checks, self.trend(one)[0], tol)
 
     def next_window(self, state: FitState) -> FitState:
         """Let the seeds that are done go on: what they returned is what their next window is compared with."""
         done = [one.done for one in state.seeds]
-        return self._each(state, done, lambda _, one: self._next_window(one, returned(one, self.settings)))
+        return self._each(state, done, lambda _, one: self._next_window(one, newest(one, self.settings)))
 
     def _next_window(self, state: FitState, x: Tensor) -> FitState:
         """Begin a window; ``x`` is what the last one returned."""
@@ -419,6 +453,12 @@ class Run:
         """Trend of the squared gradient norm, and its sentence."""
         plateau = figures(state).rate.plateau
         return plateau.trend, plateau.reason
+
+    def trends(self, state: FitState) -> dict[str, Plateau]:
+        """The plateau test of every group of parameters apart."""
+        monitor, steps = state.monitor, state.step + 1 if state.monitor.looks else None
+        runs = {group: series(monitor, group, steps=steps) for group in self.program.present_groups}
+        return {group: plateau(run) for group, run in runs.items() if run is not None}
 
     def failure(self, state: FitState) -> str:
         """Which site at which step of this seed was not finite first; empty while all is well."""

@@ -9,14 +9,14 @@ from typing import Any, Literal, NamedTuple
 from bbvi_conv.monitor.intervals import Estimate
 from bbvi_conv.monitor.judge import Check
 from bbvi_conv.monitor.seeds import FAR, Agreement
-from bbvi_conv.monitor.trend import Trend
+from bbvi_conv.monitor.trend import Plateau, Trend
 
 Outcome = Literal["converged", "slow", "stalled", "diverged", "wrong_family", "multimodal", "undecided"]
 
 OUTCOMES: dict[Outcome, str] = {
     "converged": "converged: the gap is below the tolerance and nothing more is to be gained",
     "slow": "still improving: the optimiser was on its way when the steps ran out",
-    "stalled": "stalled at the noise floor: more steps of this size will not bring it closer",
+    "stalled": "stalled: more steps of this size will not bring it closer",
     "diverged": "diverged: a loss or gradient was not finite",
     "wrong_family": "converged within the family, but the family does not fit the posterior",
     "multimodal": "independent seeds disagree: there is more than one optimum",
@@ -40,6 +40,8 @@ class Evidence(NamedTuple):
         failure: where and why a value was not finite, else empty.
         interrupted: whether the run was stopped by the user.
         signal: signal-to-noise ratio of phi's gradient over the last looks.
+        parts: where held-out rows judge, the plateau test of every group of parameters.
+        best_step: where held-out rows judge, the step at which the window that they like best ended.
     """
 
     checks: Sequence[Check]
@@ -48,6 +50,8 @@ class Evidence(NamedTuple):
     failure: str = ""
     interrupted: bool = False
     signal: Estimate | None = None
+    parts: Mapping[str, Plateau] = {}
+    best_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,56 @@ def show(estimate: Estimate, unit: str = "nats") -> str:
     return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}] {unit}".rstrip()
 
 
-def _significant(improvement: Estimate, tolerance: float) -> bool:
-    return improvement.low is not None and improvement.low > tolerance
+def is_better(improvement: Estimate | None, tolerance: float) -> bool:
+    """Whether a paired improvement is above the tolerance for sure."""
+    return improvement is not None and improvement.low is not None and improvement.low > tolerance
+
+
+def is_worse(improvement: Estimate | None, tolerance: float) -> bool:
+    """Whether a paired improvement is a loss of more than the tolerance for sure."""
+    return improvement is not None and improvement.high is not None and improvement.high < -tolerance
+
+
+def overfits(check: Check, tolerance: float) -> bool:
+    """Whether since the best window the bound rose on the rows that train, and fell on held-out rows, for sure."""
+    return is_worse(check.over_best, tolerance) and is_better(check.training, tolerance)
+
+
+def is_over(checks: Sequence[Check], trends: Mapping[str, Trend], tolerance: float) -> bool:
+    """The stopping rule where held-out rows judge: :func:`is_done`, or nothing more is to be gained on them.
+
+    That is so where the model overfits. Without a remaining gap it is so, too, where held-out rows show no significant
+    gain in the last window and theta and phi, each by itself, have come to a plateau; or in none of the last three.
+
+    Args:
+        checks: every check of the run, oldest first.
+        trends: of the plateau test, by group of parameters.
+        tolerance: nats.
+    """
+    if not checks:
+        return False
+    last = checks[-1]
+    if overfits(last, tolerance):
+        return True
+    if is_done(checks, _worst(trends), tolerance) and not is_worse(last.over_best, tolerance):
+        return True
+    flat = bool(trends) and all(trend == "plateau" for trend in trends.values())
+    return last.gap.high is None and _gains_nothing(checks, 1 if flat else DOUBLINGS, tolerance)
+
+
+def _gains_nothing(checks: Sequence[Check], windows: int, tolerance: float) -> bool:
+    """Whether none of the last windows improved significantly."""
+    recent = [check.improvement for check in checks[-windows:]]
+    return len(recent) == windows and all(e.low is not None and e.low <= tolerance for e in recent)
+
+
+def _worst(trends: Mapping[str, Trend]) -> Trend:
+    """One trend for several groups of parameters: a plateau of one is that of all."""
+    found = set(trends.values())
+    return next((trend for trend in _TRENDS if trend in found), "undecided")
+
+
+_TRENDS: tuple[Trend, ...] = ("plateau", "rising", "undecided", "decaying")
 
 
 def is_done(checks: Sequence[Check], trend: Trend, tolerance: float) -> bool:
@@ -104,7 +156,7 @@ def is_done(checks: Sequence[Check], trend: Trend, tolerance: float) -> bool:
         return False
     last = checks[-1]
     if last.gap.high is not None:
-        compared = last.improvement.value is not None and not _significant(last.improvement, tolerance)
+        compared = last.improvement.value is not None and not is_better(last.improvement, tolerance)
         return last.gap.high < tolerance and compared
     recent = checks[-DOUBLINGS:]
     quiet = [c.improvement.high is not None and c.improvement.high < tolerance for c in recent]
@@ -120,11 +172,17 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
     if not evidence.checks:
         return Verdict("undecided", (f"no check was made: {_why_none(evidence)}",))
     last = evidence.checks[-1]
+    where = " on held-out rows" if last.on_held_out else ""
     reasons = [
         f"remaining gap {show(last.gap)} (tolerance {tolerance:g})",
-        f"improvement over the last window {show(last.improvement)}",
+        f"improvement over the last window{where} {show(last.improvement)}",
     ]
-    if is_done(evidence.checks, evidence.trend, tolerance):
+    if last.on_held_out:
+        reasons += _of_held_out(evidence, tolerance)
+        evidence = _apart(evidence)
+        if overfits(last, tolerance):
+            return Verdict("stalled", (*reasons, *_stopped(evidence)))
+    if is_done(evidence.checks, evidence.trend, tolerance) and not is_worse(last.over_best, tolerance):
         bad = khat.value is not None and khat_threshold is not None and khat.value > khat_threshold
         if bad:
             reasons.append(
@@ -138,18 +196,57 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
         return Verdict("converged", tuple(reasons))
     reasons.append(f"gradient norm: {evidence.trend_reason}")
     if (fall := _worst_fall(evidence, tolerance)) is not None:
-        reasons.append(f"the bound fell by {-fall:.3g} nats over one of the last {DOUBLINGS} windows: it wanders")
+        reasons.append(
+            f"the bound{where} fell by {-fall:.3g} nats over one of the last {DOUBLINGS} windows: it wanders"
+        )
     outcome = _not_done(evidence, tolerance)
-    reasons.append(_ADVICE[outcome])
+    if last.on_held_out and outcome != "stalled" and _gains_nothing(evidence.checks, DOUBLINGS, tolerance):
+        outcome = "undecided"
+        highest = max(e.high for e in (c.improvement for c in evidence.checks[-DOUBLINGS:]) if e.high is not None)
+        reasons.append(
+            f"held-out rows show no significant gain in any of the last {DOUBLINGS} windows, but cannot exclude one of "
+            f"{highest:.3g} nats: give more of them, or a tol above that, to decide"
+        )
+    else:
+        reasons.append(_ADVICE[outcome])
     if evidence.signal is not None and evidence.signal.high is not None and evidence.signal.high < NOISE:
         reasons.append(
             f"the gradient of phi is noise: signal to noise {show(evidence.signal, '')}, all below {NOISE:g}; the "
             "estimator sticking-the-landing, for K > 1 doubly-reparameterised, helps, and so do fewer K with more M, "
             "or a larger batch"
         )
-    if evidence.interrupted:
-        reasons.append(f"stopped by the user at step {last.step}")
+    reasons += _stopped(evidence)
     return Verdict(outcome, tuple(reasons))
+
+
+def _stopped(evidence: Evidence) -> list[str]:
+    return [f"stopped by the user at step {evidence.checks[-1].step}"] if evidence.interrupted else []
+
+
+def _of_held_out(evidence: Evidence, tolerance: float) -> list[str]:
+    """What held-out rows say of the newest parameters beside those of the best window, where those are better."""
+    last, best = evidence.checks[-1], f"the window that ended at step {evidence.best_step}"
+    over, training = last.over_best, last.training
+    if over is None or training is None or not is_worse(over, tolerance):
+        return []
+    if overfits(last, tolerance):
+        found = (
+            f"the model overfits, held-out data show: since {best} the bound on held-out rows fell, improvement "
+            f"{show(over)}, while that on the training rows rose, improvement {show(training)}; use more training "
+            "data, fewer parameters or more regularisation"
+        )
+    else:
+        found = f"held-out data: the bound on them is lower than for {best}, improvement {show(over)}"
+    return [found, f"returned are the parameters of {best}, on held-out rows the best by paired comparison"]
+
+
+def _apart(evidence: Evidence) -> Evidence:
+    """The evidence with the plateau test of theta and phi apart in the place of that of both."""
+    if not evidence.parts:
+        return evidence
+    trend = _worst({name: part.trend for name, part in evidence.parts.items()})
+    sentence = "; ".join(f"{name}: {part.reason}" for name, part in evidence.parts.items())
+    return evidence._replace(trend=trend, trend_reason=sentence)
 
 
 _WORST: tuple[Outcome, ...] = ("diverged", "stalled", "slow", "undecided")
@@ -238,7 +335,7 @@ def _not_done(evidence: Evidence, tolerance: float) -> Outcome:
     """
     last = evidence.checks[-1]
     wanders = _worst_fall(evidence, tolerance) is not None
-    improving = _significant(last.improvement, tolerance) and not wanders
+    improving = is_better(last.improvement, tolerance) and not wanders
     far = last.gap.low is None or last.gap.low > tolerance
     flat = evidence.trend == "plateau" or (wanders and evidence.trend != "decaying")
     if flat and last.improvement.value is not None and not improving and far:

@@ -126,3 +126,8 @@ faces, faces_guide = vae(64, channels=(*CHANNELS, 64))
 def data() -> tuple[Tensor]:
     """12,000 images of CIFAR-100, uint8 ``(12000, 3, 32, 32)``."""
     return (cifar100("train", source="part")[0],)
+
+
+def held_out() -> tuple[Tensor]:
+    """The 3,000 test images that go with them."""
+    return (cifar100("test", source="part")[0],)

@@ -268,7 +268,7 @@ def test_the_run_directory_holds_every_seed(signs: tuple[bc.Fit, Path]) -> None:
         own = [row for row in cells if row[0] == str(s)]
         assert from_rows(header, own) == one.monitor
     tables = [to_rows(one.monitor) for one in fit.state.seeds]
-    assert monitor_csv(tables, 0) == (out / "monitor.csv").read_bytes().decode()
+    assert monitor_csv(columns(), tables, 0) == (out / "monitor.csv").read_bytes().decode()
     report = (out / "report.html").read_text()
     assert "<h2>Seeds</h2>" in report
     assert f"{fit.best}, returned" in report

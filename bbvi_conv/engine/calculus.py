@@ -246,7 +246,10 @@ class Calculus:
         return torch.cat(found)
 
     def on(self, program: Program) -> Calculus:
-        """The same functions on other data: ``program.with_data(...)``."""
+        """The same functions on other data, ``program.with_data(...)``; new graphs where more than rows differ."""
+        if not self.program.differs_in_rows_only(program):
+            log_weights = TracedLogWeights(program) if self.traced else program.log_weights
+            return Calculus(program, self.objective, log_weights, self.normaliser)
         other = copy.copy(self)
         other.program = program
         return other

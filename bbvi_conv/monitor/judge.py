@@ -69,19 +69,23 @@ def effort(size: int, wide: int, *, vectorised: bool) -> Effort:
     return Effort(min(first, afford), min(most, afford), dense, matrix, wide > WIDE)
 
 
+UNSEEN = "monitor held out"
+"""Stream of the looks at held-out rows."""
 TRAINING_GRADIENTS = 8
 """Gradients by the estimator that trains at a look: enough for the trace of their covariance."""
 
 
 class Check(NamedTuple):
-    """What a check says of the returned parameters; all numbers in total nats.
+    """What a check says of the newest parameters; all numbers in total nats.
 
     Attributes:
         step: optimiser steps made.
         gap: ``remaining_gap``.
         natural: ``natural_gradient_norm``.
-        improvement: ``paired_improvement`` over the average of the last window.
-        bound: the bound, with the interval of its Monte Carlo mean.
+        improvement: ``paired_improvement`` over the average of the last window; where there are held-out rows, on them.
+        bound: the bound, with the interval of its Monte Carlo mean; where there are held-out rows, on them.
+        over_best: where there are held-out rows, the paired improvement on them over the best window so far.
+        training: the same on the rows that train.
     """
 
     step: int
@@ -89,6 +93,13 @@ class Check(NamedTuple):
     natural: Estimate
     improvement: Estimate
     bound: Estimate
+    over_best: Estimate | None = None
+    training: Estimate | None = None
+
+    @property
+    def on_held_out(self) -> bool:
+        """Whether held-out rows judged."""
+        return self.over_best is not None
 
 
 class Seen(NamedTuple):
@@ -98,11 +109,13 @@ class Seen(NamedTuple):
         grams: Gram matrix ``(J, J)`` per group of parameters, by the quietest estimator.
         losses: ``(J,)``.
         noise: trace of the covariance of one gradient that trains, per group; None where looks are by that estimator.
+        held_out: Gram matrices and losses as above at held-out rows, where there are any.
     """
 
     grams: dict[str, Tensor]
     losses: Tensor
     noise: dict[str, float] | None
+    held_out: tuple[dict[str, Tensor], Tensor] | None = None
 
 
 def quietest(calculus: Calculus) -> tuple[Calculus, str]:
@@ -137,7 +150,8 @@ class Judge:
         seed: seed of the run; streams ``monitor`` and ``evaluate`` are independent of training.
         gradients: J, independent gradients at a look.
         tolerance: nats, for the number of draws at a check.
-        held_out: the same program over held-out rows, for the bound and the paired improvement.
+        held_out: the same program over held-out rows, for the bound and the paired improvement; and for norms and bound
+            at looks, on a stream of their own.
     """
 
     def __init__(
@@ -153,7 +167,8 @@ class Judge:
         self.quiet, self.estimator_note = quietest(calculus)
         self.cheap = _with_objective(self.quiet, self.quiet.objective.single())
         self.plain = _with_objective(calculus, calculus.objective.plain())
-        self.compared = self.plain if held_out is None else self.plain.on(held_out)
+        self.unseen = None if held_out is None else self.quiet.on(held_out)
+        self.compared = self.plain if self.unseen is None else _with_objective(self.unseen, self.plain.objective)
 
     def _feed(self, calculus: Calculus, stream: str, key: int, count: int) -> Feed:
         return Stream(calculus.program, self.seed, stream, calculus.objective.draws).once(key, count)
@@ -169,19 +184,30 @@ class Judge:
     def look(self, points: Mapping[int, Tensor], stratum: int, step: float = math.inf) -> dict[int, Seen]:
         """What J gradients say at the point of each seed, by its own noise; schedules as at ``step``."""
         quiet = self._gradients(self.quiet, points, stratum, self.count, step)
+        unseen = {} if self.unseen is None else self._gradients(self.unseen, points, stratum, self.count, step, UNSEEN)
         noise: dict[int, dict[str, float] | None] = dict.fromkeys(points)
         if self.quiet is not self.calculus:
             few = self._gradients(self.calculus, points, stratum, min(self.count, TRAINING_GRADIENTS), step)
             noise = {seed: self._traces(grads) for seed, (grads, _) in few.items()}
         program = self.calculus.program
-        return {s: Seen(grams_by_group(program, grads), losses, noise[s]) for s, (grads, losses) in quiet.items()}
+        held_out = {s: (grams_by_group(program, grads), losses) for s, (grads, losses) in unseen.items()}
+        return {
+            s: Seen(grams_by_group(program, grads), losses, noise[s], held_out.get(s))
+            for s, (grads, losses) in quiet.items()
+        }
 
     def _gradients(
-        self, calculus: Calculus, points: Mapping[int, Tensor], stratum: int, count: int, step: float
+        self,
+        calculus: Calculus,
+        points: Mapping[int, Tensor],
+        stratum: int,
+        count: int,
+        step: float,
+        stream: str = "monitor",
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """J gradients ``(J, P)`` and losses ``(J,)`` by seed; all seeds in one evaluation while they are narrow."""
         draws = calculus.objective.draws
-        feeds = {s: Stream(calculus.program, s, "monitor", draws).once(stratum, count) for s in points}
+        feeds = {s: Stream(calculus.program, s, stream, draws).once(stratum, count) for s in points}
         if len(points) == 1 or len(points) * count * width(calculus) > CHUNK:
             return {s: calculus.gradients(x, feeds[s], step=step) for s, x in points.items()}
         at = torch.stack(list(points.values())).repeat_interleave(count, 0)
@@ -202,10 +228,31 @@ class Judge:
 
     # ---- checks ----
 
-    def check(self, step: int, x: Tensor, previous: Tensor | None) -> Check:
-        """Gap, natural-gradient norm, paired improvement and bound at ``x``; the noise depends on the step alone."""
+    def check(self, step: int, x: Tensor, previous: Tensor | None, best: Tensor | None = None) -> Check:
+        """Gap, natural-gradient norm, paired improvement and bound at ``x``; the noise depends on the step alone.
+
+        ``best`` are the parameters that held-out rows like best so far, where there are such rows; they may be
+        ``previous`` itself.
+        """
         keys = _Keys(step)
-        losses, improvement = self._compare(x, previous, keys)
+        losses, improvement = self._compare(self.compared, x, previous, keys)
+        known = self._against_best(x, best, improvement if best is previous else None, keys)
+        found = self._check(step, x, losses, improvement, keys)
+        return found if known is None else found._replace(over_best=known[0], training=known[1])
+
+    def _against_best(
+        self, x: Tensor, best: Tensor | None, known: Estimate | None, keys: _Keys
+    ) -> tuple[Estimate, Estimate] | None:
+        """Improvement over the best window on held-out rows, which may be known already, and on training rows."""
+        if self.unseen is None:
+            return None
+        if best is None:
+            none = unavailable("needs two windows of steps: run more steps")
+            return none, none
+        over = known or self._compare(self.compared, x, best, keys)[1]
+        return over, self._compare(self.plain, x, best, keys)[1]
+
+    def _check(self, step: int, x: Tensor, losses: Tensor, improvement: Estimate, keys: _Keys) -> Check:
         mean, error = float(losses.mean()), float(losses.std()) / math.sqrt(len(losses))
         bound = scaled(Estimate(-mean, -mean - 1.96 * error, -mean + 1.96 * error), self.calculus.normaliser)
         size = len(x)
@@ -221,16 +268,17 @@ class Judge:
     def _effort(self, calculus: Calculus, size: int) -> Effort:
         return effort(size, width(calculus), vectorised=calculus.vectorise)
 
-    def _compare(self, x: Tensor, previous: Tensor | None, keys: _Keys) -> tuple[Tensor, Estimate]:
-        count, most = self._effort(self.compared, len(x))[:2]
+    def _compare(self, calculus: Calculus, x: Tensor, previous: Tensor | None, keys: _Keys) -> tuple[Tensor, Estimate]:
+        """Losses at ``x``, and the paired improvement over ``previous``, by as many draws as decide."""
+        count, most = self._effort(calculus, len(x))[:2]
         losses, before = x.new_zeros(0), x.new_zeros(0)
         while True:
-            feed = self._feed(self.compared, "evaluate", keys.next(), count - len(losses))
-            losses = torch.cat([losses, self.compared.losses(x, feed)])
+            feed = self._feed(calculus, "evaluate", keys.next(), count - len(losses))
+            losses = torch.cat([losses, calculus.losses(x, feed)])
             if previous is None:
                 reason = "needs two windows of steps: run more steps"
                 return losses, unavailable(reason)
-            before = torch.cat([before, self.compared.losses(previous, feed)])
+            before = torch.cat([before, calculus.losses(previous, feed)])
             improvement = scaled(paired_improvement(before, losses), self.calculus.normaliser)
             if count >= most or not _straddles(improvement, self.tolerance):
                 return losses, improvement

@@ -9,6 +9,7 @@ The state is plain data and an old one stays valid, so a run can be replayed, re
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -40,7 +41,9 @@ _NORM_COLUMNS = {
 }
 _NOISE_COLUMN, _SNR_COLUMN = "training_trace_sigma_{}", "snr_{}"
 _MEAN_COLUMNS = ("running_mean_{}", "running_mean_{}_low", "running_mean_{}_high")
+_HELD_OUT = "held_out_"
 _OWN_COLUMNS = ("step", "stratum", "stratum_start", "stratum_length", "num_gradients", "bound", "bound_error")
+_HELD_OUT_COLUMNS = ("bound", "bound_error", *(name.format(figure) for figure in FIGURES for name in _NORM_COLUMNS))
 
 
 class Look(NamedTuple):
@@ -55,6 +58,8 @@ class Look(NamedTuple):
         bound, bound_error: an estimate of the bound at this step and its standard error, where one was made.
         noise: trace of the covariance of one gradient by the estimator that trains, for each figure; the norms are
             looked at by the quietest estimator of the same gradient.
+        held_out: norms and bound at the same step over held-out rows; None where there are none, or where a loss or
+            gradient on them was not finite.
     """
 
     step: int
@@ -68,6 +73,7 @@ class Look(NamedTuple):
     bound: float | None = None
     bound_error: float | None = None
     noise: Mapping[str, float] = {}
+    held_out: Look | None = None
 
     def norm(self, figure: str) -> SquaredNorm | None:
         """The squared norm called ``figure``, one of :data:`FIGURES`."""
@@ -80,10 +86,23 @@ class Look(NamedTuple):
 
 
 class MonitorState(NamedTuple):
-    """All looks of a run, in order. ``label`` says what the figures are about and goes wherever they go."""
+    """All looks of a run, in order.
+
+    Attributes:
+        looks: one per stratum.
+        label: what the figures are about; goes wherever they go.
+        judges_held_out: whether looks are at held-out rows as well.
+    """
 
     looks: tuple[Look, ...] = ()
     label: str = THIS_RUN
+    judges_held_out: bool = False
+
+    @property
+    def held_out(self) -> MonitorState:
+        """The looks at held-out rows as those of a run of their own; up to the first that was not finite."""
+        found = itertools.takewhile(lambda one: one is not None, (entry.held_out for entry in self.looks))
+        return MonitorState(tuple(one for one in found if one is not None), f"{self.label}, held-out rows")
 
 
 class Summary(NamedTuple):
@@ -153,8 +172,10 @@ def look(
         stratum,
         bounds[0],
         bounds[1] - bounds[0],
-        **norms,
-        total=squared_norm(total_gram(grams), level) if len(grams) != 1 else next(n for n in norms.values() if n),
+        norms["theta"],
+        norms["phi"],
+        norms["shared"],
+        squared_norm(total_gram(grams), level) if len(grams) != 1 else next(n for n in norms.values() if n),
         bound=bound,
         bound_error=bound_error,
         noise={**traces, "total": sum(traces.values())},
@@ -241,19 +262,22 @@ def signal_to_noise(state: MonitorState, figure: str, *, level: float = 0.95) ->
     return Estimate(value, low, high)
 
 
-def columns() -> list[str]:
-    """Names of the columns of :func:`to_rows`."""
+def columns(*, held_out: bool = False) -> list[str]:
+    """Names of the columns of :func:`to_rows`; those about held-out rows, where there are any, stand last."""
     by_figure = (*_NORM_COLUMNS, _NOISE_COLUMN, _SNR_COLUMN, *_MEAN_COLUMNS)
-    return [*_OWN_COLUMNS, *(name.format(figure) for figure in FIGURES for name in by_figure)]
+    own = [*_OWN_COLUMNS, *(name.format(figure) for figure in FIGURES for name in by_figure)]
+    return own + [_HELD_OUT + name for name in _HELD_OUT_COLUMNS] if held_out else own
 
 
 def to_rows(state: MonitorState, *, since: int = 0, level: float = 0.95) -> list[list[float | int | None]]:
     """One row per look from look ``since`` on, in the order of :func:`columns`; None where there is no number.
 
+    There are columns about held-out rows where ``state.judges_held_out``.
+
     Floats go through ``repr`` unharmed, so :func:`from_rows` gives back the same state. The running means are those up
     to each look.
     """
-    return [_row(MonitorState(state.looks[: count + 1]), level) for count in range(since, len(state.looks))]
+    return [_row(state._replace(looks=state.looks[: count + 1]), level) for count in range(since, len(state.looks))]
 
 
 def from_rows(
@@ -267,12 +291,13 @@ def from_rows(
     missing = [name for name in columns() if name not in header]
     if missing:
         raise ValueError(f"the monitor's table lacks the columns {missing}: it was not written by this version")
-    state = MonitorState(label=label)
+    state = MonitorState(label=label, judges_held_out=set(columns(held_out=True)).issubset(header))
     for index, cells in enumerate(rows):
         if len(cells) != len(header):
             raise ValueError(f"row {index} of the monitor's table has {len(cells)} cells, not {len(header)}: delete it")
         try:
-            state = update(state, _parse(dict(zip(header, cells, strict=True))))
+            named = dict(zip(header, cells, strict=True))
+            state = update(state, _parse(named, held_out=state.judges_held_out))
         except (TypeError, ValueError) as error:
             raise ValueError(f"row {index} of the monitor's table cannot be read: {error}") from error
     return state
@@ -304,10 +329,19 @@ def _row(state: MonitorState, level: float) -> list[float | int | None]:
         row += [None if norm is None else getattr(norm, field) for field in _NORM_COLUMNS.values()]
         row += [entry.noise.get(figure), entry.signal_to_noise(figure)]
         row += [None, None, None] if run is None else list(running_mean(run, level)[:3])
-    return row
+    return row + _held_out_row(entry.held_out) if state.judges_held_out else row
 
 
-def _parse(cells: Mapping[str, str | float | int | None]) -> Look:
+def _held_out_row(entry: Look | None) -> list[float | int | None]:
+    if entry is None:
+        return [None] * len(_HELD_OUT_COLUMNS)
+    norms = [(entry.norm(figure), field) for figure in FIGURES for field in _NORM_COLUMNS.values()]
+    return [entry.bound, entry.bound_error, *(None if norm is None else getattr(norm, field) for norm, field in norms)]
+
+
+def _parse(cells: Mapping[str, str | float | int | None], *, held_out: bool = False) -> Look:
+    """The look of a row; with ``held_out`` that at held-out rows too."""
+
     def number(name: str) -> float | None:
         cell = cells[name]
         return None if cell is None or cell == "" else float(cell)
@@ -318,27 +352,23 @@ def _parse(cells: Mapping[str, str | float | int | None]) -> Look:
             raise ValueError(f"{name} is empty")
         return int(cell)
 
-    def norm(figure: str) -> SquaredNorm | None:
-        fields = {field: number(name.format(figure)) for name, field in _NORM_COLUMNS.items()}
+    def norm(figure: str, head: str = "") -> SquaredNorm | None:
+        fields = {field: number(head + name.format(figure)) for name, field in _NORM_COLUMNS.items()}
         present = {field: value for field, value in fields.items() if value is not None}
         if present and len(present) != len(fields):
-            raise ValueError(f"some columns of {figure} are empty and some are not")
+            raise ValueError(f"some columns of {head}{figure} are empty and some are not")
         return SquaredNorm(**present, num_gradients=whole("num_gradients")) if present else None
 
-    total = norm("total")
-    if total is None:
-        raise ValueError("gradient_norm_sq_total is empty")
+    def entry(head: str, noise: Mapping[str, float]) -> Look | None:
+        total = norm("total", head)
+        if total is None:
+            return None
+        place = whole("step"), whole("stratum"), whole("stratum_start"), whole("stratum_length")
+        groups = norm("theta", head), norm("phi", head), norm("shared", head)
+        return Look(*place, *groups, total, number(f"{head}bound"), number(f"{head}bound_error"), noise)
+
     noise = {figure: number(_NOISE_COLUMN.format(figure)) for figure in FIGURES}
-    return Look(
-        step=whole("step"),
-        stratum=whole("stratum"),
-        start=whole("stratum_start"),
-        length=whole("stratum_length"),
-        theta=norm("theta"),
-        phi=norm("phi"),
-        shared=norm("shared"),
-        total=total,
-        bound=number("bound"),
-        bound_error=number("bound_error"),
-        noise={figure: trace for figure, trace in noise.items() if trace is not None},
-    )
+    found = entry("", {figure: trace for figure, trace in noise.items() if trace is not None})
+    if found is None:
+        raise ValueError("gradient_norm_sq_total is empty")
+    return found._replace(held_out=entry(_HELD_OUT, {})) if held_out else found

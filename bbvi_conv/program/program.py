@@ -19,7 +19,7 @@ from torch.distributions import transform_to
 
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import Noise, NoiseLayout
-from bbvi_conv.program.structure import Leaf, Structure, is_plate, random_sites, revalued
+from bbvi_conv.program.structure import Leaf, Structure, check_finite, is_plate, random_sites, revalued
 from bbvi_conv.program.tape import Tape, taped
 from bbvi_conv.program.terms import Terms, collect
 
@@ -226,16 +226,20 @@ class Program:
     # ---- data ----
 
     def with_data(self, args: tuple[Any, ...]) -> Program:
-        """The same program over other rows, for example held-out ones; gathered minibatches only.
+        """The same program over held-out rows; gathered minibatches only.
+
+        Args:
+            args: positional arguments that differ from the program's own in their numbers of rows, and in values.
 
         Raises:
-            ValueError: if the program does not gather its rows from its arguments.
+            ValueError: if the program does not gather its rows from its arguments, or these are no such rows.
         """
         if self.minibatch is None or self.by_index:
             raise ValueError(
-                "held-out data needs a minibatch whose rows are gathered from the arguments: "
-                "pass minibatch=Minibatch(B, plate=...) over a plate of len(x)"
+                "held-out data needs a minibatch whose rows are gathered from the arguments: pass "
+                "minibatch=Minibatch(B, plate=...) over a plate of len(x), whose length may differ, or leave it out"
             )
+        self._check_held_out(args)
         other = copy.copy(self)
         other.args = tuple(
             a.to(device=self.device, dtype=self.dtype if a.is_floating_point() else a.dtype)
@@ -245,6 +249,43 @@ class Program:
         )
         other.total = len(other.args[self.batched[0]])
         return other
+
+    def _check_held_out(self, args: tuple[Any, ...]) -> None:
+        if len(args) != len(self.args):
+            raise ValueError(
+                f"held_out holds {len(args)} positional arguments where args holds {len(self.args)}: give the same "
+                "ones over other rows"
+            )
+        check_finite((f"argument {i} of held_out", a) for i, a in enumerate(args))
+        for i, (own, given) in enumerate(zip(self.args, args, strict=True)):
+            if not isinstance(own, Tensor):
+                continue
+            if not isinstance(given, Tensor):
+                raise ValueError(f"argument {i} of held_out is {type(given).__name__} where that of args is a tensor")
+            if own.shape[1:] != given.shape[1:] or own.dim() != given.dim():
+                raise ValueError(
+                    f"argument {i} of held_out has shape {tuple(given.shape)} where that of args has "
+                    f"{tuple(own.shape)}: they may differ in the number of rows only"
+                )
+            if own.dtype != given.dtype and not (own.is_floating_point() and given.is_floating_point()):
+                raise ValueError(f"argument {i} of held_out is {given.dtype} where that of args is {own.dtype}")
+        rows = {i: len(args[i]) for i in self.batched}
+        if min(rows.values()) < 1 or len(set(rows.values())) > 1:
+            told = ", ".join(f"{count} in argument {i}" for i, count in rows.items())
+            raise ValueError(f"held_out needs one row or more, as many in every argument of rows, got {told}")
+
+    def differs_in_rows_only(self, other: Program) -> bool:
+        """Whether all positional arguments that hold no rows are those of ``other``, made by :meth:`with_data`.
+
+        They go into a graph as constants, which then serves both.
+        """
+
+        def same(mine: Any, theirs: Any) -> bool:
+            if isinstance(mine, Tensor):
+                return mine is theirs or torch.equal(mine, theirs)
+            return mine is theirs or (isinstance(mine, str | int | float) and mine == theirs)
+
+        return all(same(self.args[i], other.args[i]) for i in range(len(self.args)) if i not in self.batched)
 
     def batch(self, indices: Tensor | None) -> Batch:
         """The batch of given row indices ``(..., B)``, leading dimensions kept; whole data for None."""
@@ -257,7 +298,7 @@ class Program:
     def example(self) -> tuple[Noise, Batch]:
         """Noise and batch of one run, for tracing: fixed values of the right shapes."""
         noise = self.layout.draw(torch.Generator(self.device).manual_seed(0), dtype=self.dtype)
-        return noise, self.batch(torch.arange(self.minibatch.size) if self.minibatch else None)
+        return noise, self.batch(torch.arange(self.minibatch.size) % self.total if self.minibatch else None)
 
     def positional(self, batch: Batch) -> tuple[Any, ...]:
         """All positional arguments of the model, with the batch in place."""

@@ -155,9 +155,10 @@ def test_the_quiet_estimator_is_silent_at_the_posterior() -> None:
     quiet, note = quietest(calculus(program))
     assert (note, quiet.objective.estimator) == ("", "sticking-the-landing")
     judge = Judge(calculus(program), seed=0)
-    grams, losses, _ = judge.look({0: at(program, target.mean, target.stddev)}, 0)[0]
-    assert float(total_gram(grams).diagonal().max()) < 1e-20
-    assert float(losses.std()) < 1e-8  # every draw is the evidence
+    seen = judge.look({0: at(program, target.mean, target.stddev)}, 0)[0]
+    assert float(total_gram(seen.grams).diagonal().max()) < 1e-20
+    assert float(seen.losses.std()) < 1e-8  # every draw is the evidence
+    assert seen.held_out is None
 
 
 def checks(program: Program, x: Tensor, count: int, tolerance: float = 1e-6) -> tuple[list[Estimate], list[Estimate]]:
