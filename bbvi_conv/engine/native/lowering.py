@@ -25,6 +25,7 @@ from bbvi_conv.engine.native.inductor import (
     TracingContext,
     V,
     config,
+    force_stride_order,
     fx_graph_cse,
     select_decomp_table,
     tracing,
@@ -52,10 +53,22 @@ def _small_product(a: Tensor, b: Tensor) -> Tensor:
     if a.shape.numel() * b.shape[-1] > SMALL:
         return NotImplemented  # type: ignore[no-any-return]
     if a.shape[-1] == 1:
-        return a * b
+        return _settled(a * b)
     if b.shape[-1] == 1:
         return (a * b.transpose(-1, -2)).sum(-1, keepdim=True)
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
+
+
+def _settled(value: Tensor) -> Tensor:
+    """Computed in its own shape: read as a vector, as gradients are, each number would be looked for by division."""
+    return force_stride_order(value, list(value.stride()))  # type: ignore[no-any-return]
+
+
+def _quotient(a: Tensor, b: Tensor) -> Tensor:
+    """``a / b`` by one division, where ``b`` is a number that is computed."""
+    if not isinstance(b, Tensor) or b.dim() or not a.dim() or a.dtype != b.dtype or not a.is_floating_point():
+        return NotImplemented  # type: ignore[no-any-return]
+    return a * b.reciprocal()
 
 
 def _mv(a: Tensor, b: Tensor) -> Tensor:
@@ -75,6 +88,7 @@ def _decompositions() -> dict[Any, Any]:
         aten.mv.default: _mv,
         aten.dot.default: _mv,
         aten.addmm.default: _addmm,
+        aten.div.Tensor: _quotient,
         torch.ops.bbvi_conv.stop.default: torch.clone,
     }
     return {**select_decomp_table(), **own}

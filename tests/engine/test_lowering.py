@@ -1,0 +1,42 @@
+"""What generated code does not do at every number: divide, whether to find its place or by the same number again."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from bbvi_conv.engine.native import NativeLoop
+from bbvi_conv.program.trace import to_graph
+
+
+def flat_gradient(weight: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """The gradient of a linear layer beside another, in one vector."""
+    return (torch.cat([(g[:, None] @ x[None]).view(-1), (x[:, None] @ g[None]).view(-1)]) + weight,)
+
+
+def scaled(carry: Tensor, count: Tensor, by: Tensor) -> tuple[Tensor, ...]:
+    """Divisions by numbers that are computed, as Adam's are; and by an array."""
+    return (carry / (1 + count) + by / (1 - count) + carry / (2 + by * by),)
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes", "divisions"), [(flat_gradient, [(800,), (20,), (20,)], 0), (scaled, [(33,), (), (33,)], 1)]
+)
+def test_divisions_are_few(function, sizes, divisions: int, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
+    gen = torch.Generator().manual_seed(0)
+    given = [0.1 + torch.rand(size, generator=gen) for size in sizes]
+    loop = NativeLoop(to_graph(function, *given), given, 1, 0)
+    loop.load()
+    (made,), _ = loop(given[:1], [], 1)
+    torch.testing.assert_close(made, function(*given)[0])
+    (source,) = (tmp_path / "cache").glob("*/step.cpp")
+    body = source.read_text()
+    body = body[body.index("static void") : body.index("static int step")]
+    assert "div_floor" not in body
+    once = body.split("C10_UNLIKELY")[0]  # what is left over when vectors are full is the same again
+    ones = re.findall(r"(tmp\d+) = static_cast<float>\(1.0\);", once)  # reciprocals of single numbers
+    assert len([above for above in re.findall(r"= (tmp\d+) / tmp\d+;", once) if above not in ones]) == divisions
