@@ -69,7 +69,7 @@ class Row:
     batch: int
 
 
-ADAM = bc.TheoremAdam(0.01, radius=500.0)
+ADAM = bc.TheoremAdam(0.003, radius=500.0)
 
 
 def rows(size: Size) -> dict[str, Row]:
@@ -91,7 +91,7 @@ def rows(size: Size) -> dict[str, Row]:
         "ReLU, unclipped": row("smoothness", activation=nn.ReLU, clipped=False),
     }
     for beta1 in (0.0, 0.5, 0.99):
-        found[f"beta1 {beta1:g}"] = row("beta1", optimiser=bc.TheoremAdam(0.01, 500.0, beta1=beta1, beta2=0.9999))
+        found[f"beta1 {beta1:g}"] = row("beta1", optimiser=bc.TheoremAdam(0.003, 500.0, beta1=beta1, beta2=0.9999))
     for draws in sorted({1, max(2, most // 4), most}):
         found[f"IWAE {draws}"] = row("tighter bounds", bc.IWAE(draws))
     found["growing K"] = row("tighter bounds", bc.GrowingParticles(bc.IWAE(1), stop=most, every=every))
