@@ -82,7 +82,7 @@ def rows(size: Size) -> dict[str, Row]:
 
     found = {
         "adam": row("optimisers"),
-        "sgd": row("optimisers", optimiser=bc.SGD(bc.InverseSqrt(3e-5))),
+        "sgd": row("optimisers", optimiser=bc.SGD(bc.InverseSqrt(1e-6))),
         "adam, constant step": row("optimisers", optimiser=bc.Adam(bc.Constant(0.005))),
         "beta 4": row("beta-VAE", bc.ELBO(1, kl_weight=4.0)),
         "beta 0.25": row("beta-VAE", bc.ELBO(1, kl_weight=0.25)),
