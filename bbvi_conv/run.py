@@ -50,8 +50,8 @@ class Settings:
         engine: ``"auto"``, ``"eager"``, ``"traced"``, ``"compiled"`` or ``"cuda-graph"``.
         device: where it runs.
         dtype: float type, or None for the default by size.
-        amp: ``"bfloat16"``: matrix products and convolutions of a step take and give rounded numbers, which processors
-            with units for them do several times faster; parameters, densities, looks and checks stay as they are.
+        amp: ``"bfloat16"``: matrix products and convolutions of a step take and give rounded numbers, for processors
+            with units for them; parameters, densities, looks and checks stay as they are.
         normalise: ``"datum"`` divides the loss by N when a plate is subsampled, ``"total"`` never does.
         average: ``"tail"`` returns the mean iterate of the last window, ``"all"`` that of the whole run
             (Polyak-Ruppert), ``"last"`` the last iterate.
