@@ -79,15 +79,9 @@ def fit(
         if RunDirectory(directory).holds_run():
             raise ValueError(f"{directory} already holds a run: choose another directory with --out, or resume it")
         options = {"family": family, "max_steps": steps, "tol": tol, "engine": engine, "device": device, "dtype": dtype}
-        options |= {
-            "amp": amp,
-            "num_seeds": seeds,
-            "objective": objective,
-            "particles": particles,
-            "estimator": estimator,
-        }
+        options |= {"num_seeds": seeds, "objective": objective, "particles": particles, "estimator": estimator}
         options |= {"groups": groups, "alpha": alpha, "elbo-weight": elbo_weight}
-        options |= {"minibatch": minibatch, "plate": plate, "step_size": step_size}
+        options |= {"minibatch": minibatch, "plate": plate, "step_size": step_size, "amp": amp}
         settings = _settings(found, {name: value for name, value in options.items() if value is not None})
         result = _fit(found, settings, directory, quiet)
         _finish(result, directory, quiet)

@@ -12,6 +12,7 @@ from torch import Tensor
 from bbvi_conv import images
 from bbvi_conv.evaluate.latents import Latents
 from bbvi_conv.evaluate.latents import latents as use_of
+from bbvi_conv.evaluate.subject import drawn
 from bbvi_conv.program.program import Program
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def why_no_images(fit: Fit) -> str:
     site = program.structure.observed[-1]
     noise, batch = program.example()
     try:
-        seen, mean = images.observed(program, fit.x, images.drawn(program, fit.x, noise, batch), batch)
+        seen, mean = images.observed(program, fit.x, drawn(program, fit.x, noise, batch), batch)
         shown = images.as_images(seen)
         images.as_images(mean)
     except (ValueError, NotImplementedError) as error:  # no shape of an image, or a distribution without a mean

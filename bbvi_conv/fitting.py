@@ -18,9 +18,10 @@ from bbvi_conv.monitor.seeds import Agreement, agreement, highest
 from bbvi_conv.monitor.state import signal_to_noise, summary
 from bbvi_conv.objectives import Objective
 from bbvi_conv.program.buffers import CalledModule, own_buffers, restore_buffers
+from bbvi_conv.program.build import positional
 from bbvi_conv.program.program import Params
 from bbvi_conv.progress import Progress
-from bbvi_conv.recipe import ModelSource, Recipe, positional
+from bbvi_conv.recipe import ModelSource, Recipe
 from bbvi_conv.run import FitState, OnLook, Run, Settings, figures, prefers_best, returned
 from bbvi_conv.settings import encode
 from bbvi_conv.starts import starts
@@ -63,17 +64,15 @@ def fit(
         guide: a Pyro guide; None: ``family(model)``.
         args: positional arguments; with a minibatch, tensors with N rows are gathered.
         kwargs: keyword arguments.
-        init: an earlier fit: parameters of the same name and shape are the start; another family (a richer one, say)
-            starts at the locations and scales of the earlier fit's sites.
-        held_out: positional arguments over held-out rows; needs a minibatch of gathered rows. Bound and gradient norm
-            are then looked at on them as well, and they judge the improvement from window to window: a model that
-            overfits is stopped, and what is returned is the window that they like best.
+        init: an earlier fit, at whose parameters of the same name and shape this one starts; another family starts at
+            the locations and scales of its sites.
+        held_out: positional arguments over held-out rows; needs a minibatch of gathered rows. They judge improvement
+            from window to window: a model that overfits is stopped, and the window that they like best is returned.
         out: a new run directory: checkpoints at every look, then verdict, posterior and report.
         progress: show a progress bar on a terminal.
         on_look: called with the :class:`~bbvi_conv.run.FitState` after every look and check.
         source: the file the model came from, for the run directory.
-        **settings: fields of :class:`~bbvi_conv.run.Settings`: ``family``, ``objective``, ``optimiser``, ``minibatch``,
-            ``max_steps``, ``tol``, ``seed``, ``num_seeds``, ``engine``, ``dtype``, ...
+        **settings: fields of :class:`~bbvi_conv.run.Settings`, such as ``family``, ``objective`` and ``optimiser``.
 
     Returns:
         The fit; "not converged" is a verdict, not an exception.
@@ -88,8 +87,7 @@ def fit(
     if guide is not None and settings.get("family") is not None:
         raise ValueError("give a guide or a family, not both: the family would make another guide")
     chosen = Settings(**{k: v for k, v in settings.items() if k != "family" or v is not None})
-    judged = None if held_out is None else positional(held_out)
-    recipe = Recipe(model, guide, positional(args), kwargs or {}, source, judged)
+    recipe = Recipe.of(model, guide, args, kwargs, source, held_out)
     program = recipe.program(chosen)
     unseen = recipe.unseen(program)
     archive = None
@@ -461,7 +459,7 @@ def load(
     from bbvi_conv.archive import Archive
 
     archive = Archive.open(directory)
-    own = None if model is None else Recipe(model, guide, positional(() if args is None else args), kwargs or {}, None)
+    own = None if model is None else Recipe.of(model, guide, () if args is None else args, kwargs)
     plan = archive.plan(own, None if held_out is None else positional(held_out), settings)
     program = plan.recipe.program(plan.settings)
     run = Run(program, plan.settings, plan.recipe.unseen(program), engine_reason=plan.engine_reason)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bbvi_conv.evaluate.subject import Source, Subject, subject
+from bbvi_conv.evaluate.subject import Source, Subject, drawn, subject
 from bbvi_conv.posterior.sites import replay
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.minibatch import Batch
@@ -114,13 +114,6 @@ def _through(found: Subject, seed: int) -> tuple[Tensor, Tensor]:
 
 def _noise(program: Program, seed: int) -> Noise:
     return program.layout.draw(generator(seed, STREAM, 0, program.device), dtype=program.dtype)
-
-
-def drawn(program: Program, x: Tensor, noise: Noise, batch: Batch) -> dict[str, Tensor]:
-    """Values of the latent sites at one draw of the guide."""
-    with torch.no_grad(), buffers_kept(program.modules):
-        trace = program.drawn(x, noise, batch)
-    return {site.name: trace.nodes[site.name]["value"] for site in program.structure.latents}
 
 
 def observed(program: Program, x: Tensor, latents: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bbvi_conv.families import MeanField
-from bbvi_conv.program.build import build
+from bbvi_conv.program.build import build, positional
 from bbvi_conv.program.program import Program
 from bbvi_conv.run import Settings
 
@@ -38,6 +38,20 @@ class Recipe(NamedTuple):
     kwargs: dict[str, Any]
     source: ModelSource | None
     held_out: tuple[Any, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Callable[..., Any],
+        guide: Callable[..., Any] | None,
+        args: tuple[Any, ...] | Tensor,
+        kwargs: dict[str, Any] | None,
+        source: ModelSource | None = None,
+        held_out: tuple[Any, ...] | Tensor | None = None,
+    ) -> Recipe:
+        """From what a user gives: a tensor alone is the only argument."""
+        unseen = None if held_out is None else positional(held_out)
+        return cls(model, guide, positional(args), kwargs or {}, source, unseen)
 
     def program(self, settings: Settings, seed: int | None = None) -> Program:
         """The traced program; ``seed`` is that of its initial parameters, by default the settings' own.
@@ -73,11 +87,6 @@ class Recipe(NamedTuple):
 
         model, guide = load_programs(self.source.path, self.source.name, seed=seed)
         return self._replace(model=model, guide=guide)
-
-
-def positional(args: tuple[Any, ...] | Tensor) -> tuple[Any, ...]:
-    """Positional arguments as a tuple; a tensor is the only one."""
-    return (args,) if isinstance(args, Tensor) else tuple(args)
 
 
 def device(name: str) -> torch.device:

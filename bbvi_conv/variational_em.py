@@ -24,7 +24,7 @@ from bbvi_conv.fitting import Fit
 from bbvi_conv.objectives import ELBO
 from bbvi_conv.objectives.checks import check_count
 from bbvi_conv.optim import Adam, InverseSqrt, Optimiser, Within, empty_average
-from bbvi_conv.program.build import build
+from bbvi_conv.program.build import build, positional
 from bbvi_conv.program.program import Program
 
 
@@ -135,7 +135,7 @@ class VariationalEM:
         return found
 
     def _program(self, source: Fit | Callable[..., Any], args: tuple[Any, ...] | Tensor) -> tuple[Program, Tensor]:
-        args = (args,) if isinstance(args, Tensor) else tuple(args)
+        args = positional(args)
         factors = MeanField(self.init_scale) if self.gradient == "pathwise" else ScoreMeanField(self.init_scale)
         family = self.family or factors
         fitted = source if isinstance(source, Fit) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,18 @@ class Cells:
         self.folder, self.settings = folder, settings
         (folder / "cells").mkdir(parents=True, exist_ok=True)
 
-    def get(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The cell of that name: as it was kept, or measured now and kept."""
+    def get(self, name: str, measure: Callable[[], dict[str, Any]], **own: Any) -> dict[str, Any]:
+        """The cell of that name: as it was kept, or measured now and kept; ``own`` are settings of this cell alone."""
+        settings = self.settings | own
         path = self.folder / "cells" / f"{name}.json"
         if path.is_file():
             kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if kept["settings"] == self.settings:
+            if kept["settings"] == settings:
                 return kept["found"]  # type: ignore[no-any-return]
         start = time.perf_counter()
         found = measure()
         found["seconds"] = time.perf_counter() - start
-        write(path, {"settings": self.settings, "found": found})
+        write(path, {"settings": settings, "found": found})
         typer.echo(f"{name}: {found['seconds']:.1f} s")
         return found
 
@@ -51,7 +52,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def preset(quick: bool, full: bool) -> str:
+def preset(quick: bool, full: bool = False) -> str:
     """Which size a run has.
 
     Raises:
@@ -60,6 +61,21 @@ def preset(quick: bool, full: bool) -> str:
     if quick and full:
         raise typer.BadParameter("choose either --quick or --full")
     return "quick" if quick else "full" if full else "default"
+
+
+def pick(only: Sequence[str] | None, rows: Mapping[str, str]) -> list[str]:
+    """The rows called by their name or group, in their order; all where none is called.
+
+    Args:
+        only: what is called.
+        rows: name -> group.
+
+    Raises:
+        BadParameter: no such row or group.
+    """
+    if unknown := sorted(set(only or ()) - {*rows, *rows.values()}):
+        raise typer.BadParameter(f"no row or group is called {unknown[0]!r}; the rows are {', '.join(rows)}")
+    return [name for name, group in rows.items() if not only or name in only or group in only]
 
 
 def bar(value: float, limit: float) -> dict[str, Any]:

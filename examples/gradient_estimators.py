@@ -20,9 +20,8 @@ from typing import Annotated, Any
 
 import pyro
 import pyro.distributions as dist
-import torch
 import typer
-from cells import Cells
+from cells import Cells, preset
 from matplotlib.figure import Figure
 from torch import Tensor
 from vae_lab.training import looks, train
@@ -31,6 +30,7 @@ import bbvi_conv as bc
 from bbvi_conv.engine import Calculus, Stream
 from bbvi_conv.families.mean_field import ScoredNormal
 from bbvi_conv.model_file import load_module
+from bbvi_conv.monitor.signal import no_moments
 from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.trace import TracedLogWeights
 
@@ -83,57 +83,22 @@ def moments(name: str, points: Points, images: Tensor, size: Size, seed: int) ->
         program.analytic = closed_form_sites(program)
     calculus = Calculus(program, objective, TracedLogWeights(program), float(len(images)))
     part = program.groups["phi"]
-    found: dict[str, Any] = {
-        "step": [],
-        "trace": [],
-        "norm_sq": [],
-        "smoothness": [],
-        "mean_smoothness": [],
-        "mean": [],
-    }
+    names = ("step", "trace", "norm_sq", "smoothness", "mean_smoothness", "mean")
+    found: dict[str, Any] = {name: [] for name in names}
     for step, (x, following) in points.items():
-        here, change = Sums(part.stop - part.start), Sums(part.stop - part.start)
+        here = change = no_moments(part.stop - part.start)
         for key in range(0, size.gradients, 16):
             feed = Stream(program, seed, f"compare {step}", size.draws).once(key, 16)
             gradients = calculus.gradients(x, feed)[0][:, part].double()
-            here.add(gradients)
-            change.add(calculus.gradients(following, feed)[0][:, part].double() - gradients)
+            here = here.add(gradients)
+            change = change.add(calculus.gradients(following, feed)[0][:, part].double() - gradients)
         length = float((following - x).double().norm())
-        found["step"].append(step)
-        found["trace"].append(here.trace)
-        found["norm_sq"].append(here.norm_sq)
-        found["smoothness"].append((change.square / change.count) ** 0.5 / length)
-        found["mean_smoothness"].append(max(change.norm_sq, 0.0) ** 0.5 / length)
-        found["mean"].append(here.mean)
+        norm_sq, trace = here.squared_norm()
+        one, mean = float(change.squares.sum()) / change.number, max(change.squared_norm()[0], 0.0)
+        values = (step, trace, norm_sq, one**0.5 / length, mean**0.5 / length, here.mean)
+        for name, value in zip(names, values, strict=True):
+            found[name].append(value)
     return found
-
-
-class Sums:
-    """Running moments of vectors of so many numbers."""
-
-    def __init__(self, size: int) -> None:
-        self.total, self.square, self.count = torch.zeros(size, dtype=torch.float64), 0.0, 0
-
-    def add(self, vectors: Tensor) -> None:
-        """``(J, size)``."""
-        self.total += vectors.sum(0)
-        self.square += float(vectors.square().sum())
-        self.count += len(vectors)
-
-    @property
-    def mean(self) -> Tensor:
-        """Of all vectors."""
-        return self.total / self.count
-
-    @property
-    def trace(self) -> float:
-        """Of the covariance, unbiased."""
-        return (self.square - self.count * float(self.mean.square().sum())) / (self.count - 1)
-
-    @property
-    def norm_sq(self) -> float:
-        """Squared norm of the expectation, unbiased."""
-        return float(self.mean.square().sum()) - self.trace / self.count
 
 
 def same_mean(first: dict[str, Any], second: dict[str, Any], count: int) -> list[float]:
@@ -210,10 +175,11 @@ def run(
     seed: Annotated[int, typer.Option(help="of starts, rows and noise", min=0)] = 0,
 ) -> None:
     """Compare the estimators and write results.json."""
-    size = SIZES["quick" if quick else "default"]
+    chosen = preset(quick)
+    size = SIZES[chosen]
     (images,) = load_module("vae").data()
     images = images[: size.images]
-    cells = Cells(out, {"preset": "quick" if quick else "default", "seed": seed, **asdict(size)})
+    cells = Cells(out, {"preset": chosen, "seed": seed, **asdict(size)})
     variance = cells.get("variances", lambda: along(size, images, seed, engine))
     runs = {
         name: cells.get(name.replace(" ", "_"), lambda n=name: by_each(n, size, images, seed, engine))  # type: ignore[misc]

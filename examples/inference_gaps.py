@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from cells import Cells
+from cells import Cells, preset
 from torch import Tensor
 from vae_lab.training import interval, train
 
@@ -199,8 +199,9 @@ def run(
     seed: Annotated[int, typer.Option(help="of starts, rows and noise", min=0)] = 0,
 ) -> None:
     """Measure the gaps and write results.json."""
-    size = SIZES["quick" if quick else "default"]
-    cells = Cells(out, {"preset": "quick" if quick else "default", "seed": seed, **asdict(size)})
+    chosen = preset(quick)
+    size = SIZES[chosen]
+    cells = Cells(out, {"preset": chosen, "seed": seed, **asdict(size)})
     results = {
         "linear": cells.get("linear", lambda: linear(size, seed, engine)),
         "mnist": cells.get("mnist", lambda: digits(size, seed, engine)),

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from cells import Cells, bar
+from cells import Cells, bar, preset
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from vae_lab.autoencoders import deep, orthogonal
@@ -228,11 +228,12 @@ def run(
     seed: Annotated[int, typer.Option(help="of starts, rows and noise", min=0)] = 0,
 ) -> None:
     """Lay linear VAEs and autoencoders beside PCA, and write results.json."""
-    size = SIZES["quick" if quick else "default"]
+    chosen = preset(quick)
+    size = SIZES[chosen]
     module = load_module("linear_vae")
     images = mnist("train")[0][: size.images]
     study = Study(size, seed, module, images, *module.moments(images))
-    cells = Cells(out, {"preset": "quick" if quick else "default", "seed": seed, **asdict(size)})
+    cells = Cells(out, {"preset": chosen, "seed": seed, **asdict(size)})
     found = {kind: cells.get(kind, lambda kind=kind: linear(study, kind)) for kind in STEP}  # type: ignore[misc]
     save(curves(found, {kind: cell["loglik_per_datum"]["pca"] for kind, cell in found.items()}), out / "curves.png")
     results = {key: found["learned"][key] for key in BARS}

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from cells import Cells, preset
+from cells import Cells, pick, preset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -242,16 +242,16 @@ def run(
     chosen_size = preset(quick, full)
     size = SIZES[chosen_size] if steps is None else replace(SIZES[chosen_size], steps=steps)
     known = rows(size)
-    if unknown := sorted(set(only or ()) - set(known) - {row.group for row in known.values()}):
-        raise typer.BadParameter(f"no row or group is called {unknown[0]!r}; the rows are {', '.join(known)}")
-    chosen = {n: row for n, row in known.items() if not only or n in only or row.group in only}
+    chosen = pick(only, {name: row.group for name, row in known.items()})
     pictures = images(size, data, full)
     settings = {"preset": chosen_size, "data": data, "seed": seed, **asdict(size), "channels": list(size.channels)}
     cells = Cells(out, settings)
     found: dict[str, dict[str, Any]] = {}
-    for name, row in chosen.items():
-        measured: Callable[[], dict[str, Any]] = lambda row=row: measure(row, size, pictures, engine, device, seed)  # noqa: E731
-        found[name] = cells.get(name.replace(" ", "_").replace(",", ""), measured)
+    for name in chosen:
+        measured: Callable[[], dict[str, Any]] = lambda row=known[name]: measure(  # noqa: E731
+            row, size, pictures, engine, device, seed
+        )
+        found[name] = cells.get(name.replace(" ", "_").replace(",", ""), measured, row=repr(known[name]))
     for group in dict.fromkeys(row["group"] for row in found.values()):
         own = {name: row for name, row in found.items() if row["group"] == group}
         if group not in ("optimisers", "tighter bounds", "B and K") and "adam" in found:

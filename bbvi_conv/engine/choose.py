@@ -59,13 +59,13 @@ def make_engine(
             traced = TracedEngine(calculus, optimiser, reason, num_seeds=num_seeds, products=products)
             return traced if name == "traced" else _compiled(name, traced, steps)
         except Untraceable as error:
-            if name != "auto" or products is not None:
-                raise ValueError(
-                    f'the program cannot be traced: {error}; use engine="eager" or "auto", without amp'
-                ) from error
+            if name != "auto":
+                raise ValueError(f'the program cannot be traced: {error}; use engine="eager" or "auto"') from error
             reason = f"cannot be traced: {error}"
     if products is not None:
-        raise ValueError('amp needs steps that are graphs: use engine="auto", or leave amp out')
+        raise ValueError(
+            f"amp needs steps that are graphs, and those of the eager engine ({reason}) are none: leave it out"
+        )
     calculus = Calculus(program, objective, program.log_weights, normaliser)
     return EagerEngine(calculus, optimiser, reason, num_seeds=num_seeds)
 

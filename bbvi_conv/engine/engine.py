@@ -169,10 +169,10 @@ class TracedEngine:
         self.carried, self._parts = len(start.flat()), len(batch.args)
         rows = [] if batch.indices is None else [batch.indices]
         example = [*start.flat(), *draws, *batch.args, *rows]
-        graph = simplify(to_graph(self._flat, *example, functional=False))
+        graph = to_graph(self._flat, *example, functional=False)
         if products is not None and not round_products(graph, products):
             raise ValueError("a step has no matrix product or convolution of float32 numbers: leave amp out")
-        self.one = StepGraph(graph, example)
+        self.one = StepGraph(simplify(graph), example)
 
     @cached_property
     def all(self) -> StepGraph:

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from bbvi_conv.evaluate.importance import PIECE, Weights
 from bbvi_conv.evaluate.result import LogLikelihood, PerDatum
-from bbvi_conv.evaluate.subject import Source, Subject, subject
+from bbvi_conv.evaluate.subject import Source, Subject, drawn, subject
 from bbvi_conv.fitting import Fit
 from bbvi_conv.objectives.checks import check_count
-from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.noise import generator
 from bbvi_conv.variational_em import VariationalEM
 
@@ -98,16 +97,14 @@ def _elbo(found: Subject, draws: int, seed: int, level: float) -> PerDatum:
 
 def _draws(found: Subject, seed: int, count: int = 64) -> dict[str, Tensor]:
     """Draws of the latent sites for all data, ``(count, N, ...)``."""
-    program, names = found.program, [site.name for site in found.program.structure.latents]
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    program = found.program
+    parts: dict[str, list[Tensor]] = {site.name: [] for site in program.structure.latents}
     for index, (part, counted) in enumerate(found.parts()):
         gen = generator(seed, f"{STREAM} start {index}", 0, program.device)
         noise = program.layout.draw(gen, count, dtype=program.dtype)
-        with torch.no_grad(), buffers_kept(program.modules):
-            traces = [program.drawn(found.x, noise.at(i), part) for i in range(count)]
-        for name in names:
-            drawn = torch.stack([trace.nodes[name]["value"] for trace in traces])
-            parts[name].append(drawn[:, :counted])
+        values = [drawn(program, found.x, noise.at(i), part) for i in range(count)]
+        for name, pieces in parts.items():
+            pieces.append(torch.stack([each[name] for each in values])[:, :counted])
     return {name: torch.cat(pieces, 1) for name, pieces in parts.items()}
 
 

@@ -10,8 +10,10 @@ from pyro import poutine
 from torch import Tensor
 
 from bbvi_conv.fitting import Fit
-from bbvi_conv.program.build import build
+from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.build import build, positional
 from bbvi_conv.program.minibatch import Batch, Minibatch
+from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 
 Source = Fit | tuple[Callable[..., Any], Callable[..., Any]]
@@ -77,7 +79,7 @@ def subject(
     else:
         raise TypeError(f"evaluate a fit or a pair (model, guide), got {type(source).__name__}")
     if data is not None:
-        args = (data,) if isinstance(data, Tensor) else tuple(data)
+        args = positional(data)
     loop = not isinstance(source, Fit)
     if unit is None:
         few = _first_rows(args, 2)
@@ -101,6 +103,13 @@ def _parameters(program: Program, source: Source) -> Tensor:
     if missing:
         raise ValueError(f"the fit holds no parameter {missing[0]!r}, which its program has over these data")
     return program.replaced(x, values)
+
+
+def drawn(program: Program, x: Tensor, noise: Noise, batch: Batch) -> dict[str, Tensor]:
+    """Values of the latent sites at one draw of the guide, by name."""
+    with torch.no_grad(), buffers_kept(program.modules):
+        trace = program.drawn(x, noise, batch)
+    return {site.name: trace.nodes[site.name]["value"] for site in program.structure.latents}
 
 
 def _rows(args: tuple[Any, ...]) -> int:

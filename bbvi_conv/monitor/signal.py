@@ -21,7 +21,7 @@ from bbvi_conv.engine.streams import Stream, feed_of_all
 from bbvi_conv.monitor.gradient_norm import gram_matrix, squared_norm
 from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
 from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
-from bbvi_conv.program.build import build
+from bbvi_conv.program.build import build, positional
 from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.minibatch import Minibatch
 from bbvi_conv.program.program import Program
@@ -60,6 +60,11 @@ class Moments(NamedTuple):
         """Unbiased variance of each parameter ``(P,)``; 0 where the sums cannot tell it from their own rounding."""
         left = self.squares - self.total * self.mean
         return torch.where(left > ROUNDING * self.squares, left, 0.0) / (self.number - 1)
+
+    def squared_norm(self, part: slice = slice(None)) -> tuple[float, float]:
+        """U and tr Sigma of some of the parameters, from sums alone."""
+        n, total, squares = self.number, self.total[part], self.squares[part]
+        return float((total @ total - squares.sum()) / (n * (n - 1))), float(self.variance[part].sum())
 
 
 def no_moments(size: int) -> Moments:
@@ -144,7 +149,7 @@ def signal_to_noise(
         raise ValueError(f"unknown normalise {normalise!r}; choose one of datum, total")
     if num_estimates < 2 * BLOCKS:
         raise ValueError(f"num_estimates must be at least {2 * BLOCKS} for an interval, got {num_estimates}")
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    args = positional(args)
     program = build(model, guide, args, kwargs, family=family, minibatch=minibatch, dtype=dtype, seed=seed)
     objective = ELBO() if objective is None else objective
     if objective.analytic_kl:
@@ -212,14 +217,8 @@ def _directional(gradients: Tensor, direction: Tensor) -> Tensor:
     return ratio
 
 
-def _squared_norm(moments: Moments, part: slice) -> tuple[float, float]:
-    """U and tr Sigma of a group, from sums alone."""
-    n, total, squares = moments.number, moments.total[part], moments.squares[part]
-    return float((total @ total - squares.sum()) / (n * (n - 1))), float(moments.variance[part].sum())
-
-
 def _group(blocks: list[Moments], part: slice, ratios: Tensor, target: Tensor | None) -> GroupSignal:
-    value, trace = _squared_norm(_joined(blocks), part)
+    value, trace = _joined(blocks).squared_norm(part)
     rmse = unavailable("no reference gradient was given") if target is None else _error(blocks, part, target)
     return GroupSignal(_aggregate(blocks, part), _mean(ratios), rmse, value, trace)
 
@@ -231,12 +230,12 @@ def _aggregate(blocks: list[Moments], part: slice, level: float = 0.95) -> Estim
     for a ratio. The noise of U is that of the block means; its variance is taken at c, as in
     :func:`~bbvi_conv.monitor.gradient_norm.squared_norm`. T is the trace, its variance a jackknife.
     """
-    value, trace = _squared_norm(_joined(blocks), part)
+    value, trace = _joined(blocks).squared_norm(part)
     if trace <= 0.0:
         return unavailable("the estimator has no noise: its signal-to-noise ratio is infinite")
     noise = squared_norm(gram_matrix(torch.stack([block.mean[part] for block in blocks])), level)
     slope, floor, z = noise.variance_slope, noise.variance_floor, student_quantile(level, len(blocks) - 1)
-    curvature = trace**2 - (z * _jackknife_error(blocks, lambda m: _squared_norm(m, part)[1])) ** 2
+    curvature = trace**2 - (z * _jackknife_error(blocks, lambda m: m.squared_norm(part)[1])) ** 2
     if curvature <= 0.0:
         return unavailable("the noise of the gradient is itself not known from so few draws: raise num_estimates")
     centre = value * trace + z * z * slope * trace / 2

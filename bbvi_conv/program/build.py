@@ -109,6 +109,11 @@ def build(
     raise AssertionError("unreachable")
 
 
+def positional(args: tuple[Any, ...] | Tensor) -> tuple[Any, ...]:
+    """Positional arguments as users give them: a tensor alone is the only one."""
+    return (args,) if isinstance(args, Tensor) else tuple(args)
+
+
 def _is_small(program: Program) -> bool:
     return sum(site.size for site in program.structure.latents) < SMALL
 

@@ -14,7 +14,7 @@ from bbvi_conv.binding import bind
 from bbvi_conv.families import FullRank, Linear, MeanField
 from bbvi_conv.objectives import ELBO, Objective
 from bbvi_conv.optim import Adam, Constant, Optimiser
-from bbvi_conv.program.build import build
+from bbvi_conv.program.build import build, positional
 from bbvi_conv.program.minibatch import Minibatch
 from bbvi_conv.program.noise import generator
 from bbvi_conv.program.program import Program
@@ -84,7 +84,7 @@ def assumptions(
         ValueError: bad input, as for :func:`bbvi_conv.fit`.
     """
     family: Any = guide if is_dataclass(guide) and not isinstance(guide, nn.Module) else None
-    args = (args,) if isinstance(args, Tensor) else tuple(args)
+    args = positional(args)
     program = build(
         model,
         None if family is not None else guide,

@@ -187,7 +187,7 @@ class _Bound:
             args, kwargs = replace_views((args, kwargs), lambda view: view.on(self._memory))
         for result in self._results:
             if isinstance(result, View):  # given back first, so that torch finds it free
-                self._memory[result.place.slot] = self._memory[result.place.slot][:0].clone()
+                self._memory[result.place.slot] = torch.empty(0, dtype=torch.uint8)
         out = self._target(*args, **kwargs)
         if self._results:
             made = out if isinstance(out, (list, tuple)) else (out,)
