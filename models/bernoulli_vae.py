@@ -5,7 +5,7 @@
 
 the guides the other way round, q(z1 | x) and q(z2 | z1); every f has two hidden layers of 200 (between z1 and z2 of
 100), tanh. Weights start as Glorot and Bengio (2010) have them. Loading this file makes new networks, from torch's
-generator as it then stands.
+generator as it then stands; :func:`data` lets the decoders start at the mean image.
 Source: Burda et al. (2016), "Importance weighted autoencoders", section 5, https://arxiv.org/abs/1509.00519
 """
 
@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
 import bbvi_conv as bc
@@ -93,8 +94,16 @@ def pixels(seen: Tensor, images: Tensor) -> Tensor:
 
 
 def data() -> tuple[Tensor, Tensor]:
-    """Codes of the 60,000 training images in 100 binarisations each, int64; and the images, uint8."""
+    """Codes of the 60,000 training images in 100 binarisations each, int64; and the images, uint8.
+
+    Both decoders' offsets become the log odds of the mean image: of a decoder that starts at grey, many latents are
+    given up before it has learned which pixels are always black.
+    """
     images, _ = mnist("train")
+    mean = (images.double().mean(0) / 255).flatten().clamp(1e-3, 1 - 1e-3)
+    with torch.no_grad():
+        for network in (decoder, decoder1):
+            network[-1].bias.copy_(mean.logit())
     return codes(len(images), VISITS), images
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import bbvi_conv as bc
 from bbvi_conv.data import codes
+from bbvi_conv.model_file import load_module
 
 Shipped = Callable[[str], ModuleType]
 B3 = bc.Minibatch(3, plate="data")
@@ -123,6 +125,18 @@ def test_the_bernoulli_vaes_densities(shipped: Shipped) -> None:
     wanted = stats.norm.logpdf(at2).sum() + gauss(mlp(module.decoder2, at2), z1) + seen_under(mlp(module.decoder1, at1))
     assert joint == pytest.approx(wanted, rel=1e-5)
     assert density == pytest.approx(gauss(mlp(module.encoder1, x), z1) + gauss(mlp(module.encoder2, at1), z2), rel=1e-5)
+
+
+@pytest.mark.skipif("BBVI_CONV_DATA" not in os.environ, reason="BBVI_CONV_DATA names no folder of real data")
+def test_the_bernoulli_vaes_start_at_the_mean_image() -> None:
+    module = load_module("bernoulli_vae", seed=0)
+    _, images = module.data()
+    mean = images.double().mean(0).flatten() / 255
+    for decoder, size in ((module.decoder, 50), (module.decoder1, 100)):
+        with torch.no_grad():
+            start = torch.sigmoid(decoder(torch.zeros(size)).double())
+        torch.testing.assert_close(start, mean.clamp(1e-3, 1 - 1e-3), rtol=1e-5, atol=0)
+    assert float((mean < 1e-3).double().mean()) > 0.1  # corners that are always black
 
 
 @pytest.mark.parametrize(("name", "size"), [("", 50), ("two_layers", 150)])
