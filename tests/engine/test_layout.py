@@ -20,7 +20,8 @@ from bbvi_conv.program.build import build
 def test_order_of_images_around_convolutions(channels: int, planes: int, transposed: bool) -> None:
     """The result and the gradient that enters are plane by plane where channels would not fill a vector.
 
-    Everything a convolution reads is channels last, and all gradients are what they were.
+    Everything a convolution reads is channels last, and all gradients are what they were. A transposed one to few
+    channels is not there: whole blocks of its result are.
     """
     from bbvi_conv.engine.native.inductor import force_stride_order
     from bbvi_conv.engine.native.layout import Ordered
@@ -39,12 +40,45 @@ def test_order_of_images_around_convolutions(channels: int, planes: int, transpo
     graph = make_fx(gradients)(*given)
     ordered = make_fx(Ordered(graph, 512).run)(*given)
     made = [node for node in ordered.graph.nodes if node.target is force_stride_order]
-    assert [n.args[1] for n in made].count([side**2 * channels, side**2, side, 1]) == planes * (channels > 1)
+    blocks = transposed and channels < 4
+    assert [n.args[1] for n in made].count([side**2 * channels, side**2, side, 1]) == planes - (blocks and planes > 0)
+    (forward,) = ordered.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution.default)
+    assert forward.args[6] == (transposed and not blocks)
     for node in ordered.graph.find_nodes(op="call_function", target=torch.ops.aten.convolution_backward.default):
         assert all(n.meta["val"].is_contiguous(memory_format=torch.channels_last) for n in node.args[:3])
         assert node.args[-1][2] != transposed  # whose bias torch sums
     for value, expected in zip(ordered(*given), gradients(*given), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("stride", "kernel", "padding", "taps"),
+    [
+        (2, 4, 1, 3),
+        (2, 2, 0, 1),
+        (2, 6, 2, 3),
+        (3, 5, 1, 3),
+        (4, 8, 2, 3),
+        (2, 3, 1, None),
+        (2, 5, 1, None),
+        (1, 3, 1, None),
+    ],
+)
+def test_a_transposed_convolution_as_one_of_stride_1(stride: int, kernel: int, padding: int, taps: int | None) -> None:
+    from bbvi_conv.engine.native.layout import _block, _of_blocks
+
+    gen = torch.Generator().manual_seed(0)
+    image, weight = (torch.randn(size, generator=gen) for size in ((2, 5, 6, 7), (5, 3, kernel, kernel)))
+    side = _block(image, weight, [stride] * 2, [padding] * 2, [1, 1], True, [0, 0], 1)
+    assert side == (None if taps is None else stride)
+    if side is not None:
+        made = _of_blocks(weight, side, padding)
+        assert made.shape == (3 * side**2, 5, taps, taps)
+        ours = nn.functional.pixel_shuffle(nn.functional.conv2d(image, made, padding=taps // 2), side)
+        torch.testing.assert_close(ours, nn.functional.conv_transpose2d(image, weight, None, stride, padding))
+    plain = {"dilation": [1, 1], "transposed": True, "more": [0, 0], "groups": 1}
+    for other in ({"dilation": [2, 2]}, {"transposed": False}, {"more": [1, 1]}, {"groups": 5}):
+        assert _block(image, weight, [stride] * 2, [padding] * 2, **(plain | other)) is None
 
 
 def test_compiled_convolutions_have_the_iterates_of_traced_ones(coder) -> None:

@@ -2,7 +2,8 @@
 
 Convolutions are given their images channels last, pixel by pixel, which torch's are fastest on. Where a vector has more
 lanes than an image has channels, what is computed between a convolution and other data is kept plane by plane: vectors
-would be filled with the channels of one pixel, and with three of them thirteen of sixteen lanes would stay empty.
+would be filled with the channels of one pixel, and with three of them thirteen of sixteen lanes would stay empty. For
+the same reason a transposed convolution to few channels becomes one of stride 1 that computes whole blocks of pixels.
 """
 
 from __future__ import annotations
@@ -35,11 +36,26 @@ class Ordered(Interpreter):
         if target is torch.ops.aten.view.default:  # what was one block of memory when traced may no longer be
             return super().call_function(torch.ops.aten.reshape.default, args, kwargs)
         if target is _FORWARD and args[0].dim() == 4:
-            image, weight, *rest = args
-            return self._planes(super().call_function(target, (_pixels(image), _pixels(weight), *rest), kwargs))
+            return self._forward(*args)
         if target is _BACKWARD and args[0].dim() == 4:
             return self._backward(*args)
         return super().call_function(target, args, kwargs)
+
+    def _forward(self, image: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+        """By blocks of pixels, where a vector holds the channels of one."""
+        side = _block(image, weight, *settings)
+        if side is None or weight.shape[1] * side**2 > self._lanes(image):
+            given = (_pixels(image), _pixels(weight), bias, *settings)
+            return self._planes(super().call_function(_FORWARD, given, {}))
+        weight = _of_blocks(weight, side, settings[1][0])
+        around = [n // 2 for n in weight.shape[2:]]
+        given = (_pixels(image), _pixels(weight), None, [1, 1], around, [1, 1], False, [0, 0], 1)
+        blocks = super().call_function(_FORWARD, given, {}).unflatten(1, (-1, side, side))
+        blocks = blocks if bias is None else blocks + bias.reshape(-1, 1, 1, 1, 1)
+        count, channels, _, _, *size = blocks.shape
+        rows = blocks.permute(0, 1, 4, 2, 5, 3)  # image, channel, block and row in it, block and column in it
+        rows = force_stride_order(rows, _strides(rows, torch.contiguous_format))
+        return rows.reshape(count, channels, *(side * n for n in size))  # type: ignore[no-any-return]
 
     def _backward(self, grad: Tensor, image: Tensor, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
         """The bias gradient of a transposed convolution is summed here: torch's, channels last, takes twice as long."""
@@ -51,9 +67,44 @@ class Ordered(Interpreter):
 
     def _planes(self, image: Tensor) -> Tensor:
         """Plane by plane, where there are few channels."""
-        if 1 < image.shape[1] < self._bits // (8 * image.itemsize):
+        if 1 < image.shape[1] < self._lanes(image):
             return force_stride_order(image, _strides(image, torch.contiguous_format))  # type: ignore[no-any-return]
         return image
+
+    def _lanes(self, image: Tensor) -> int:
+        return self._bits // (8 * image.itemsize)
+
+
+def _block(
+    image: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    more: list[int],
+    groups: int,
+) -> int | None:
+    """The side s of the blocks s x s that a transposed convolution makes of each pixel; None where it does not.
+
+    Over one dimension, y[s i + a] = sum_d x[i + d] w[a + p - s d]: the taps d must lie evenly around zero.
+    """
+    s, p, k = stride[0], padding[0], weight.shape[-1]
+    square = len({*stride}) == len({*padding}) == len({*weight.shape[2:]}) == 1
+    if not (transposed and square and {*dilation} == {1} and {*more} == {0} and groups == 1 and s > 1):
+        return None
+    even = k - s == 2 * p and (k - 1 - p) // s == (s - 1 + p) // s
+    return s if even else None
+
+
+def _of_blocks(weight: Tensor, s: int, p: int) -> Tensor:
+    """``(I, C, k, k)`` of a transposed convolution to ``(C s s, I, r, r)`` of one of stride 1, by :func:`_block`."""
+    inputs, channels, k, _ = weight.shape
+    reach = (s - 1 + p) // s
+    r, before = 2 * reach + 1, s * reach - p
+    after = s * r - k - before
+    taps = torch.nn.functional.pad(weight, (before, after, before, after)).reshape(inputs, channels, r, s, r, s)
+    return taps.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(channels * s * s, inputs, r, r)
 
 
 def _pixels(image: Tensor) -> Tensor:
