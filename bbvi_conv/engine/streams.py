@@ -33,6 +33,12 @@ class Feed(NamedTuple):
         rows = None if self.rows is None else self.rows[:, seed]
         return Feed(Noise(*(part[:, seed] for part in self.noise)), rows)
 
+    def split(self, parts: int) -> list[Feed]:
+        """Consecutive parts of it, as even as can be, none of them empty."""
+        size = -(-len(self.noise.normal) // parts)
+        cuts = [slice(begin, begin + size) for begin in range(0, len(self.noise.normal), size)]
+        return [Feed(self.noise.at(cut), None if self.rows is None else self.rows[cut]) for cut in cuts]
+
     def batch(self, program: Program, index: int | slice) -> Batch:
         """The batch of one evaluation, or of several with T in front."""
         if self.args is not None:

@@ -125,6 +125,29 @@ def test_seeds_in_turn_are_the_runs_of_one_seed_to_the_last_bit(images: Program)
         assert torch.equal(losses[:, seed], expected)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_seeds_on_two_threads_are_the_runs_of_one_seed_on_one(images: Program, two_threads: None) -> None:
+    """Three seeds on two threads, so that a block is run in parts; with products by torch, whose threads count."""
+    three = make_engine("compiled", images, ELBO(), RULE, num_seeds=3)
+    assert isinstance(three, CompiledEngine)
+    assert three.at_once == 2
+    ours, losses = advance(three, ELBO(), 1, 269)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    one = make_engine("compiled", images, ELBO(), RULE)
+    for seed, carry in enumerate(ours.unstack()):
+        alone, expected = one.advance(start_carry(RULE, images.initial()), Stream(images, seed, "optimise", 1), 0, 270)
+        assert all(torch.equal(a, b) for a, b in zip(carry.flat(), alone.flat(), strict=True))
+        assert torch.equal(losses[:, seed], expected)
+
+
 @pytest.mark.parametrize(("columns", "seeds", "turns"), [(5, 40, True), (100, 4, True), (100, 40, False)])
 def test_many_seeds_share_one_product_with_wide_data(columns: int, seeds: int, turns: bool) -> None:
     def linear(x: Tensor) -> None:

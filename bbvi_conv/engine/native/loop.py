@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -75,7 +76,21 @@ class NativeLoop:
 
     def load(self) -> bool:
         """Make or load the library and its memory; whether it was made now."""
-        self._library, plan, made = library(self.name, self._lower)
+        self._library, self._plan, made = library(self.name, self._lower)
+        self._lay()
+        return made
+
+    def twin(self) -> NativeLoop:
+        """The same loaded loop over memory of its own, for another thread; what is fixed they share."""
+        changing = self.carry + self.moving + len(self._resident)
+        other = copy(self)
+        other._example = [*(torch.empty_like(t) for t in self._example[:changing]), *self._example[changing:]]
+        other._lay()
+        return other
+
+    def _lay(self) -> None:
+        """Lay out the memory of a step, and bind torch's operations to it."""
+        plan = self._plan
         self._memory = [_bytes(t) for t in self._example]
         inputs = len(self._memory)
         outs = [torch.empty(size, dtype=torch.uint8) for size in plan.inputs[inputs:]]
@@ -86,7 +101,6 @@ class NativeLoop:
         self._calls = [_Bound(call, self._memory, self._slots, kept) for call in plan.calls()]
         self._error: BaseException | None = None
         self._callback = _CALL(self._call)
-        return made
 
     def _lower(self) -> Plan:
         with warnings.catch_warnings():  # what torch says to itself, at import and in its lowerings
