@@ -111,8 +111,8 @@ def digits(size: Size, seed: int, engine: str) -> dict[str, Any]:
         seed=seed,
         num_gradients=4,
     )
-    codes, images = module.held_out()
-    data = (codes[: size.images], images)
+    codes, *others = module.held_out()
+    data = (codes[: size.images], *others)
     sampled = bc.evaluate.log_likelihood(fit, data, num_particles=size.draws, seed=seed)
     annealed = bc.evaluate.annealed_log_likelihood(
         fit, data, num_chains=size.chains, num_temperatures=size.temperatures, seed=seed
@@ -143,9 +143,9 @@ def sign(gap: PerDatum) -> str:
     return "positive" if mean.low > 0 else "negative" if mean.high < 0 else "not told from zero"
 
 
-def by_score(fit: bc.Fit, data: tuple[Tensor, Tensor], size: Size, seed: int, engine: str) -> dict[str, Any]:
+def by_score(fit: bc.Fit, data: tuple[Tensor, ...], size: Size, seed: int, engine: str) -> dict[str, Any]:
     """The E-step by the score function, until parameters converge: the bound it comes to with as many steps."""
-    few = (data[0][: max(4, size.flows)], data[1])
+    few = (data[0][: max(4, size.flows)], *data[1:])
     bounds = {}
     for gradient in ("pathwise", "score-function"):
         em = bc.VariationalEM(
@@ -166,7 +166,7 @@ def by_score(fit: bc.Fit, data: tuple[Tensor, Tensor], size: Size, seed: int, en
 
 
 def flows(
-    fit: bc.Fit, data: tuple[Tensor, Tensor], log_p: LogLikelihood, best: PerDatum, size: Size, seed: int, engine: str
+    fit: bc.Fit, data: tuple[Tensor, ...], log_p: LogLikelihood, best: PerDatum, size: Size, seed: int, engine: str
 ) -> dict[str, Any]:
     """Approximation gaps of a flow, fitted to one image at a time, beside those of the Gaussian factors.
 
@@ -183,7 +183,7 @@ def flows(
     )
     rows = []
     for i in range(size.flows):
-        one = (data[0][i : i + 1], data[1])
+        one = (data[0][i : i + 1], *data[1:])
         found = bc.evaluate.inference_gaps(fit, one, log_p.part(i, i + 1), em=em, num_particles=2000, seed=seed)
         gaussian = float(log_p.values[i] - best.values[i])
         rows.append({"gaussian": gaussian, "flow": float(found.approximation.values), "converged": found.converged})

@@ -63,8 +63,8 @@ def measure(name: str, size: Size, engine: str, device: str, seed: int) -> dict[
     draws, objective = ROWS[name]
     module = load_module("bernoulli_vae", seed=seed)
     steps = size.steps[(1, 5, 50).index(draws)]
-    test = module.held_out()
-    few = (test[0][: min(1000, size.images)], test[1])
+    seen, *others = module.held_out()
+    few = (seen[: min(1000, size.images)], *others)
 
     def on_the_way(fit: bc.Fit) -> dict[str, Any]:
         found = bc.evaluate.log_likelihood(fit, few, num_particles=min(size.draws, 200), seed=seed)
@@ -84,8 +84,8 @@ def measure(name: str, size: Size, engine: str, device: str, seed: int) -> dict[
         seed=seed,
         num_gradients=4,
     )
-    found = bc.evaluate.log_likelihood(fit, (test[0][: size.images], test[1]), num_particles=size.draws, seed=seed)
-    used = bc.evaluate.latents(fit, (test[0][: min(2000, size.images)], test[1]), seed=seed)
+    found = bc.evaluate.log_likelihood(fit, (seen[: size.images], *others), num_particles=size.draws, seed=seed)
+    used = bc.evaluate.latents(fit, (seen[: min(2000, size.images)], *others), seed=seed)
     return {
         "k": draws,
         "estimator": objective.estimator,

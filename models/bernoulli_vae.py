@@ -1,11 +1,12 @@
 """Bernoulli VAE on MNIST with one or two stochastic layers, pixels binarised anew at every visit.
 
-    one layer:   z ~ N(0, I) (50),   x | z ~ Bernoulli(f(z)),
-    two layers:  z2 ~ N(0, I) (50),  z1 | z2 ~ N(f(z2)) (100),  x | z1 ~ Bernoulli(f(z1)),
+    one layer:   z ~ N(0, I) (50),   x | z ~ Bernoulli(o + f(z)),
+    two layers:  z2 ~ N(0, I) (50),  z1 | z2 ~ N(f(z2)) (100),  x | z1 ~ Bernoulli(o + f(z1)),
 
 the guides the other way round, q(z1 | x) and q(z2 | z1); every f has two hidden layers of 200 (between z1 and z2 of
-100), tanh. Weights start as Glorot and Bengio (2010) have them. Loading this file makes new networks, from torch's
-generator as it then stands; :func:`data` lets the decoders start at the mean image.
+100), tanh; o are the log odds of the mean image: of a decoder that starts at grey, many latents are given up before it
+has learned which pixels are always black. Weights start as Glorot and Bengio (2010) have them. Loading this file makes
+new networks, from torch's generator as it then stands.
 Source: Burda et al. (2016), "Importance weighted autoencoders", section 5, https://arxiv.org/abs/1509.00519
 """
 
@@ -15,7 +16,6 @@ from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 import bbvi_conv as bc
@@ -48,32 +48,38 @@ encoder1, encoder2 = mlp(PIXELS, HIDDEN, HIDDEN, 2 * FIRST), mlp(FIRST, BETWEEN,
 decoder2, decoder1 = mlp(LATENT, BETWEEN, BETWEEN, 2 * FIRST), mlp(FIRST, HIDDEN, HIDDEN, PIXELS)
 
 
-def model(seen: Tensor, images: Tensor) -> None:
-    """One stochastic layer; ``seen``: codes ``(B,)`` of binarised images, ``images``: uint8 ``(N, 28, 28)``."""
+def model(seen: Tensor, images: Tensor, offsets: Tensor) -> None:
+    """One stochastic layer.
+
+    Args:
+        seen: codes ``(B,)`` of binarised images.
+        images: uint8 ``(N, 28, 28)``.
+        offsets: o, ``(1, 784)``.
+    """
     pyro.module("decoder", decoder)
     with pyro.plate("data", len(seen)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([LATENT]).to_event(1))
-        pyro.sample("image", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=pixels(seen, images))
+        pyro.sample("image", dist.Bernoulli(logits=offsets + decoder(z)).to_event(1), obs=pixels(seen, images))
 
 
-def guide(seen: Tensor, images: Tensor) -> None:
+def guide(seen: Tensor, images: Tensor, offsets: Tensor) -> None:
     """As :func:`model`."""
     pyro.module("encoder", encoder)
     with pyro.plate("data", len(seen)):
         pyro.sample("z", normal(encoder(pixels(seen, images))))
 
 
-def two_layers(seen: Tensor, images: Tensor) -> None:
+def two_layers(seen: Tensor, images: Tensor, offsets: Tensor) -> None:
     """Two stochastic layers; as :func:`model`."""
     pyro.module("decoder2", decoder2)
     pyro.module("decoder1", decoder1)
     with pyro.plate("data", len(seen)):
         z2 = pyro.sample("z2", dist.Normal(0.0, 1.0).expand([LATENT]).to_event(1))
         z1 = pyro.sample("z1", normal(decoder2(z2)))
-        pyro.sample("image", dist.Bernoulli(logits=decoder1(z1)).to_event(1), obs=pixels(seen, images))
+        pyro.sample("image", dist.Bernoulli(logits=offsets + decoder1(z1)).to_event(1), obs=pixels(seen, images))
 
 
-def two_layers_guide(seen: Tensor, images: Tensor) -> None:
+def two_layers_guide(seen: Tensor, images: Tensor, offsets: Tensor) -> None:
     """As :func:`two_layers`."""
     pyro.module("encoder1", encoder1)
     pyro.module("encoder2", encoder2)
@@ -93,21 +99,19 @@ def pixels(seen: Tensor, images: Tensor) -> Tensor:
     return rebinarised(images, seen).flatten(1).to(encoder[0].weight.dtype) / 255
 
 
-def data() -> tuple[Tensor, Tensor]:
-    """Codes of the 60,000 training images in 100 binarisations each, int64; and the images, uint8.
+def mean_log_odds(images: Tensor) -> Tensor:
+    """Log odds of the mean of ``images`` ``(N, 28, 28)``, that clipped to [0.001, 0.999]; ``(1, 784)``."""
+    mean = images.sum(0).flatten() / (255 * len(images))
+    return mean.clamp(1e-3, 1 - 1e-3).logit()[None]
 
-    Both decoders' offsets become the log odds of the mean image: of a decoder that starts at grey, many latents are
-    given up before it has learned which pixels are always black.
-    """
+
+def data() -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of the 60,000 training images in 100 binarisations each, int64; the images, uint8; their offsets."""
     images, _ = mnist("train")
-    mean = (images.double().mean(0) / 255).flatten().clamp(1e-3, 1 - 1e-3)
-    with torch.no_grad():
-        for network in (decoder, decoder1):
-            network[-1].bias.copy_(mean.logit())
-    return codes(len(images), VISITS), images
+    return codes(len(images), VISITS), images, mean_log_odds(images)
 
 
-def held_out() -> tuple[Tensor, Tensor]:
-    """The 10,000 test images, each in one binarisation."""
+def held_out() -> tuple[Tensor, Tensor, Tensor]:
+    """The 10,000 test images, each in one binarisation, with the offsets of the training images."""
     images, _ = mnist("test")
-    return codes(len(images), 1), images
+    return codes(len(images), 1), images, mean_log_odds(mnist("train")[0])

@@ -198,7 +198,7 @@ def test_latents_of_two_stochastic_layers(shipped: Shipped) -> None:
     """The KLs of both layers' coordinates sum to the ELBO's own, E[log q - log p] over all latents."""
     module = shipped("bernoulli_vae")
     images = torch.randint(256, (40, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    data = (torch.arange(40), images)
+    data = (torch.arange(40), images, module.mean_log_odds(images))
     pair = (module.two_layers, module.two_layers_guide)
     found = evaluate.latents(pair, data, num_samples=20, batch=20)
     assert {name: value.shape for name, value in found.kl.items()} == {"z1": (100,), "z2": (50,)}

@@ -54,7 +54,7 @@ def test_the_bar_is_on_the_upper_end_of_the_slope() -> None:
 def test_the_rows_are_what_the_study_is_about() -> None:
     rows = study.rows(study.SIZES["default"])
     assert {row.group for row in rows.values()} == {
-        "optimisers", "beta-VAE", "depth", "smoothness", "beta1", "tighter bounds", "B and K",
+        "Deep Gaussian VAE", "optimisers", "beta-VAE", "depth", "smoothness", "beta1", "tighter bounds", "B and K",
     }  # fmt: skip
     assert rows["growing K"].objective.stop == rows["IWAE 20"].objective.num_particles == 20
     assert isinstance(rows["adam"].optimiser.step_size, bc.InverseSqrt)
