@@ -54,9 +54,12 @@ def test_the_bar_is_on_the_upper_end_of_the_slope() -> None:
 def test_the_rows_are_what_the_study_is_about() -> None:
     rows = study.rows(study.SIZES["default"])
     assert {row.group for row in rows.values()} == {
-        "Deep Gaussian VAE", "optimisers", "beta-VAE", "depth", "smoothness", "beta1", "tighter bounds", "B and K",
+        "dense, optimisers", "dense, tighter bounds",
+        "optimisers", "beta-VAE", "depth", "smoothness", "beta1", "tighter bounds", "B and K",
     }  # fmt: skip
     assert rows["growing K"].objective.stop == rows["IWAE 20"].objective.num_particles == 20
+    assert rows["dense, growing K"].objective == rows["growing K"].objective
+    assert {row.dense is None for row in rows.values() if not row.group.startswith("dense")} == {True}
     assert isinstance(rows["adam"].optimiser.step_size, bc.InverseSqrt)
     assert isinstance(rows["adam, constant step"].optimiser.step_size, bc.Constant)
     with pytest.raises(TypeError):
