@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -19,10 +20,11 @@ class Workers:
     """
 
     def __init__(self, count: int) -> None:
+        self.count = count
         self._pool = ThreadPoolExecutor(count, "bbvi_conv", torch.set_num_threads, (1,))
 
     def exhaust(self, runs: Sequence[Iterator[T]]) -> list[list[T]]:
-        """What each iterator gives; they move on by one element at a time, first come first served.
+        """What each iterator gives; they move on by one element in turn.
 
         Meanwhile the calling thread, which waits, has one thread as well: MKL obeys who spoke last.
 
@@ -30,25 +32,33 @@ class Workers:
             Exception: of the first that fails, when none is moving any more.
         """
         found: list[list[T]] = [[] for _ in runs]
-        moving: dict[Future[T | None], int] = {}
+        waiting, stopped = deque(enumerate(runs)), False
 
-        def move(number: int) -> None:
-            moving[self._pool.submit(next, runs[number], None)] = number
+        def work() -> None:
+            nonlocal stopped
+            while not stopped:
+                try:
+                    number, run = waiting.popleft()
+                except IndexError:
+                    return
+                try:
+                    found[number].append(next(run))
+                except StopIteration:
+                    continue
+                except BaseException:
+                    stopped = True
+                    raise
+                waiting.append((number, run))
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
+        workers = [self._pool.submit(work) for _ in range(self.count)]
         try:
-            for number in range(len(runs)):
-                move(number)
-            while moving:
-                for done in wait(moving, return_when=FIRST_COMPLETED).done:
-                    number, element = moving.pop(done), done.result()
-                    if element is not None:
-                        found[number].append(element)
-                        move(number)
+            wait(workers)
         finally:
-            for waiting in moving:
-                waiting.cancel()
-            wait(moving)
+            stopped = True
+            wait(workers)
             torch.set_num_threads(threads)
+        for worker in workers:
+            worker.result()
         return found
