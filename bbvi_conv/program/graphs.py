@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 _aten: Any = torch.ops.aten
@@ -112,6 +113,9 @@ def simplify(graph: GraphModule) -> GraphModule:
     for node in list(graph.graph.nodes):
         if node.op not in ("call_function", "get_attr"):
             continue
+        _give_anew(node)
+        if _changes(node) or any(_changes(user) and user.args[0] is node for user in node.users):
+            continue
         same, key = _same_as(node), _key(node)
         if same is None:
             same = seen.setdefault(key, node)
@@ -123,6 +127,26 @@ def simplify(graph: GraphModule) -> GraphModule:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _give_anew(node: Node) -> None:
+    """Let an operation that changes what nothing else reads give a result of its own: it then fuses with others."""
+    source = node.args[0] if node.args else None
+    if not _changes(node) or not isinstance(source, Node) or len(source.users) > 1:
+        return
+    name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname  # type: ignore[union-attr]
+    packet = getattr(_aten, name.removesuffix("_"), None)
+    if name.endswith("_") and _is_fresh(source) and hasattr(packet, overload):
+        node.target = getattr(packet, overload)
+
+
+def _changes(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _is_fresh(node: Node) -> bool:
+    """Whether nothing else lies in the memory of what the node gives."""
+    return isinstance(node.target, OpOverload) and all(r.alias_info is None for r in node.target._schema.returns)
 
 
 def _same_as(node: Node) -> Node | None:

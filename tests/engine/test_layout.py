@@ -16,9 +16,11 @@ from bbvi_conv.program.build import build
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("channels", "planes"), [(1, 0), (3, 2), (16, 0)])
+@pytest.mark.parametrize(("channels", "planes"), [(1, 0), (3, 2), (16, 1)])
 def test_order_of_images_around_convolutions(channels: int, planes: int, transposed: bool) -> None:
     """The result and the gradient that enters are plane by plane where channels would not fill a vector.
+
+    So is a result that becomes a row of numbers.
 
     Everything a convolution reads is channels last, and all gradients are what they were. A transposed one to few
     channels is not there: whole blocks of its result are.

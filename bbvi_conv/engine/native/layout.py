@@ -34,7 +34,10 @@ class Ordered(Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """As it is, but for convolutions of images and their gradients."""
         if target is torch.ops.aten.view.default:  # what was one block of memory when traced may no longer be
-            return super().call_function(torch.ops.aten.reshape.default, args, kwargs)
+            value, size = args
+            if value.dim() > 3 and not value.is_contiguous() and list(size[-3:]) != list(value.shape[-3:]):
+                value = _in_order(value)  # an image becomes a row of numbers
+            return super().call_function(torch.ops.aten.reshape.default, (value, size), kwargs)
         if target is _FORWARD and args[0].dim() == 4:
             return self._forward(*args)
         if target is _BACKWARD and args[0].dim() == 4:
@@ -54,22 +57,21 @@ class Ordered(Interpreter):
         blocks = blocks if bias is None else blocks + bias.reshape(-1, 1, 1, 1, 1)
         count, channels, _, _, *size = blocks.shape
         rows = blocks.permute(0, 1, 4, 2, 5, 3)  # image, channel, block and row in it, block and column in it
-        rows = force_stride_order(rows, _strides(rows, torch.contiguous_format))
-        return rows.reshape(count, channels, *(side * n for n in size))  # type: ignore[no-any-return]
+        return _in_order(rows).reshape(count, channels, *(side * n for n in size))
 
     def _backward(self, grad: Tensor, image: Tensor, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
         """The bias gradient of a transposed convolution is summed here: torch's, channels last, takes twice as long."""
         *settings, (to_image, to_weight, to_bias) = rest
-        grad, transposed = self._planes(grad), settings[4]
-        given = (_pixels(grad), _pixels(image), _pixels(weight), *settings)
+        planes, transposed = self._planes(grad), settings[4]
+        pixels = _pixels(planes)
+        given = (pixels, _pixels(image), _pixels(weight), *settings)
         made = super().call_function(_BACKWARD, (*given, (to_image, to_weight, to_bias and not transposed)), {})
-        return (*made[:2], grad.sum((0, 2, 3)) if to_bias and transposed else made[2])
+        summed = pixels if planes is grad else planes
+        return (*made[:2], summed.sum((0, 2, 3)) if to_bias and transposed else made[2])
 
     def _planes(self, image: Tensor) -> Tensor:
         """Plane by plane, where there are few channels."""
-        if 1 < image.shape[1] < self._lanes(image):
-            return force_stride_order(image, _strides(image, torch.contiguous_format))  # type: ignore[no-any-return]
-        return image
+        return _in_order(image) if 1 < image.shape[1] < self._lanes(image) else image
 
     def _lanes(self, image: Tensor) -> int:
         return self._bits // (8 * image.itemsize)
@@ -108,11 +110,12 @@ def _of_blocks(weight: Tensor, s: int, p: int) -> Tensor:
 
 
 def _pixels(image: Tensor) -> Tensor:
-    """Channels last."""
-    if image.is_contiguous(memory_format=torch.channels_last):
-        return image
-    return force_stride_order(image, _strides(image, torch.channels_last))  # type: ignore[no-any-return]
+    """Channels last; said even where tracing has it so, because Inductor would choose anew for what several read."""
+    order = torch.empty_like(image, memory_format=torch.channels_last)
+    return force_stride_order(image, list(order.stride()))  # type: ignore[no-any-return]
 
 
-def _strides(image: Tensor, order: torch.memory_format) -> list[int]:
-    return list(torch.empty_like(image, memory_format=order).stride())
+def _in_order(value: Tensor) -> Tensor:
+    """The last dimension without gaps, then the one before it."""
+    order = torch.empty_like(value, memory_format=torch.contiguous_format)
+    return force_stride_order(value, list(order.stride()))  # type: ignore[no-any-return]

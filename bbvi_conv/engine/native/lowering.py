@@ -71,6 +71,11 @@ def _quotient(a: Tensor, b: Tensor) -> Tensor:
     return a * b.reciprocal()
 
 
+def _silu(x: Tensor) -> Tensor:
+    """By the sigmoid, which its derivative needs as well."""
+    return x * x.sigmoid()
+
+
 def _mv(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
 
@@ -89,6 +94,7 @@ def _decompositions() -> dict[Any, Any]:
         aten.dot.default: _mv,
         aten.addmm.default: _addmm,
         aten.div.Tensor: _quotient,
+        aten.silu.default: _silu,
         torch.ops.bbvi_conv.stop.default: torch.clone,
     }
     return {**select_decomp_table(), **own}

@@ -1,0 +1,43 @@
+"""Fewer operations for the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bbvi_conv.program.graphs import simplify
+from bbvi_conv.program.trace import to_graph
+
+
+def fresh(x: Tensor) -> tuple[Tensor, ...]:
+    """As torch writes 1 - x in the derivative of silu."""
+    return (torch.empty_like(x).fill_(1).sub_(x) * x, x.exp().mul_(2).add_(x))
+
+
+def shared(x: Tensor) -> tuple[Tensor, ...]:
+    """What a view of it reads, a copy keeps, and another of the same kind does not see."""
+    changed, other = torch.zeros_like(x), torch.zeros_like(x)
+    row, copy = changed.view(-1), changed.clone()
+    changed.add_(x)
+    return row, copy, other, copy.add_(1)
+
+
+@pytest.mark.parametrize(("function", "left"), [(fresh, 0), (shared, 1)])
+def test_what_changes_memory_that_nothing_else_reads_gives_anew(
+    function: Callable[[Tensor], tuple[Tensor, ...]], left: int
+) -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    graph = to_graph(function, x, functional=False)
+
+    def changing() -> int:
+        targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        return sum(target._schema.is_mutable for target in targets)
+
+    assert changing() > left
+    simplify(graph)
+    assert changing() == left
+    for ours, expected in zip(graph(x), function(x), strict=True):
+        assert torch.equal(ours, expected)
