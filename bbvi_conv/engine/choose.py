@@ -14,6 +14,7 @@ from bbvi_conv.engine.engine import EagerEngine, Engine, TracedEngine
 from bbvi_conv.engine.native import CannotCompile, NoCompiler
 from bbvi_conv.objectives.objective import Objective
 from bbvi_conv.optim import Optimiser
+from bbvi_conv.program.graphs import widths
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.trace import TracedLogWeights, Untraceable
 
@@ -22,7 +23,8 @@ ENGINES = ("auto", "eager", "traced", "compiled", "cuda-graph")
 COMPILE_SECONDS = 5.0
 COMPILE_SECONDS_PER_NODE = 0.015
 STEP_SECONDS_PER_NODE = 2.5e-6
-"""What compiling costs, and what a traced step costs, by the operations of a step: to weigh one against the other."""
+STEP_SECONDS_PER_NUMBER = 0.2e-9
+"""What compiling costs, and what it saves, by the operations of a step and the numbers they compute."""
 
 MOST_NODES = 6_000
 """Operations of a step up to which ``"auto"`` compiles: a loop in a model that is traced round by round has more."""
@@ -85,7 +87,9 @@ def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
         engine = CompiledEngine(traced, traced.reason)
         found = engine.cached
         cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * nodes
-        if name == "auto" and not found and steps * STEP_SECONDS_PER_NODE * nodes < cost:
+        numbers = traced.num_seeds * sum(widths(traced.one.graph))
+        saved = steps * (STEP_SECONDS_PER_NODE * nodes + STEP_SECONDS_PER_NUMBER * numbers)
+        if name == "auto" and not found and saved < cost:
             traced.reason = f"the program traces, and {steps:,.0f} steps do not repay compiling"
             return traced
         made = engine.prepare()

@@ -34,10 +34,15 @@ def results(graph: GraphModule) -> list[Any]:
     return [node.meta["tensor_meta"] for node in made if isinstance(node, Node)]
 
 
-def widest(graph: GraphModule) -> int:
-    """Numbers in the largest tensor that an evaluation computes."""
+def widths(graph: GraphModule) -> list[int]:
+    """Numbers in each tensor that an evaluation computes."""
     kinds = (node.meta.get("tensor_meta") for node in graph.graph.nodes if node.op == "call_function")
-    return max((kind.shape.numel() for kind in kinds if kind is not None), default=1)
+    return [kind.shape.numel() for kind in kinds if kind is not None]
+
+
+def widest(graph: GraphModule) -> int:
+    """Numbers in the largest of them."""
+    return max(widths(graph), default=1)
 
 
 def round_products(graph: GraphModule, dtype: torch.dtype) -> int:

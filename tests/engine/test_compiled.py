@@ -299,6 +299,21 @@ def test_auto_weighs_steps_against_compiling(program: Program, monkeypatch: pyte
     assert (again.name, again.reason) == ("compiled", "compiled by an earlier run")
 
 
+@pytest.mark.parametrize(("size", "chosen"), [(10, "traced"), (50_000, "compiled")])
+def test_auto_weighs_the_numbers_of_a_step(size: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many operations, but more to gain where each computes more numbers."""
+
+    def wide(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
+
+    monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS_PER_NODE", 1000 * 5e-6)
+    monkeypatch.setattr(CompiledEngine, "prepare", lambda self: True)
+    program = build(wide, None, (torch.ones(size),), family=MeanField())
+    assert make_engine("auto", program, ELBO(), RULE, steps=1000).name == chosen
+
+
 def test_without_a_compiler_a_fit_runs_traced_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS", 0.0)
     monkeypatch.setenv("PATH", "")
