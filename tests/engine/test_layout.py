@@ -71,7 +71,7 @@ def test_a_transposed_convolution_as_one_of_stride_1(stride: int, kernel: int, p
 
     gen = torch.Generator().manual_seed(0)
     image, weight = (torch.randn(size, generator=gen) for size in ((2, 5, 6, 7), (5, 3, kernel, kernel)))
-    side = _block(image, weight, [stride] * 2, [padding] * 2, [1, 1], True, [0, 0], 1)
+    side = _block(weight, [stride] * 2, [padding] * 2, [1, 1], True, [0, 0], 1)
     assert side == (None if taps is None else stride)
     if side is not None:
         made = _of_blocks(weight, side, padding)
@@ -80,7 +80,7 @@ def test_a_transposed_convolution_as_one_of_stride_1(stride: int, kernel: int, p
         torch.testing.assert_close(ours, nn.functional.conv_transpose2d(image, weight, None, stride, padding))
     plain = {"dilation": [1, 1], "transposed": True, "more": [0, 0], "groups": 1}
     for other in ({"dilation": [2, 2]}, {"transposed": False}, {"more": [1, 1]}, {"groups": 5}):
-        assert _block(image, weight, [stride] * 2, [padding] * 2, **(plain | other)) is None
+        assert _block(weight, [stride] * 2, [padding] * 2, **(plain | other)) is None
 
 
 def test_compiled_convolutions_have_the_iterates_of_traced_ones(coder) -> None:

@@ -46,7 +46,7 @@ class Ordered(Interpreter):
 
     def _forward(self, image: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
         """By blocks of pixels, where a vector holds the channels of one."""
-        side = _block(image, weight, *settings)
+        side = _block(weight, *settings)
         if side is None or weight.shape[1] * side**2 > self._lanes(image):
             given = (_pixels(image), _pixels(weight), bias, *settings)
             return self._planes(super().call_function(_FORWARD, given, {}))
@@ -78,7 +78,6 @@ class Ordered(Interpreter):
 
 
 def _block(
-    image: Tensor,
     weight: Tensor,
     stride: list[int],
     padding: list[int],
