@@ -4,9 +4,9 @@
     two layers:  z2 ~ N(0, I) (50),  z1 | z2 ~ N(f(z2)) (100),  x | z1 ~ Bernoulli(o + f(z1)),
 
 the guides the other way round, q(z1 | x) and q(z2 | z1); every f has two hidden layers of 200 (between z1 and z2 of
-100), tanh; o are the log odds of the mean image: of a decoder that starts at grey, many latents are given up before it
-has learned which pixels are always black. Weights start as Glorot and Bengio (2010) have them. Loading this file makes
-new networks, from torch's generator as it then stands.
+100), tanh; o are the log odds of the mean image: from a decoder that starts at grey fewer latents stay active
+(docs/vae.md). Weights start as Glorot and Bengio (2010) have them. Loading this file makes new networks, from torch's
+generator as it then stands.
 Source: Burda et al. (2016), "Importance weighted autoencoders", section 5, https://arxiv.org/abs/1509.00519
 """
 

@@ -19,7 +19,7 @@ from bbvi_conv.monitor.intervals import Estimate, student_quantile
 MIN_GRADIENTS = 4
 LARGEST = 1e75
 """Entries of a Gram matrix stay below it: gradients as large as float32 can hold, and fourth powers in float64."""
-_CHUNK = 1 << 20  # numbers turned into float64 at a time
+_CHUNK = 1 << 18  # numbers turned into float64 and summed at a time: the more, the more rounding adds up
 
 
 class SquaredNorm(NamedTuple):

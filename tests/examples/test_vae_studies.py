@@ -28,7 +28,7 @@ def test_the_table_of_likelihoods_keeps_its_rows_and_adds_to_them(tmp_path: Path
     """The mean image alone gives 196 nats for these images; a few steps are below, and k = 5 is not k = 1."""
     first, _ = study("iwae_table", tmp_path, "--only", "k5")
     assert list(first["rows"]) == ["k5"]
-    assert 120 < first["rows"]["k5"]["nll"] < 190
+    assert 150 < first["rows"]["k5"]["nll"] < 190
     both, said = study("iwae_table", tmp_path, "--only", "k5", "--only", "k1")
     assert both["rows"]["k5"] == first["rows"]["k5"]
     assert "k5:" not in said.split("results")[0]  # kept, not measured again

@@ -110,11 +110,13 @@ def _of_blocks(weight: Tensor, s: int, p: int) -> Tensor:
 
 def _pixels(image: Tensor) -> Tensor:
     """Channels last; said even where tracing has it so, because Inductor would choose anew for what several read."""
-    order = torch.empty_like(image, memory_format=torch.channels_last)
-    return force_stride_order(image, list(order.stride()))  # type: ignore[no-any-return]
+    return _laid(image, torch.channels_last)
 
 
 def _in_order(value: Tensor) -> Tensor:
     """The last dimension without gaps, then the one before it."""
-    order = torch.empty_like(value, memory_format=torch.contiguous_format)
-    return force_stride_order(value, list(order.stride()))  # type: ignore[no-any-return]
+    return _laid(value, torch.contiguous_format)
+
+
+def _laid(value: Tensor, order: torch.memory_format) -> Tensor:
+    return force_stride_order(value, list(torch.empty_like(value, memory_format=order).stride()))  # type: ignore[no-any-return]
