@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from bbvi_conv.program.trace import LogWeights, TracedLogWeights, Untraceable, o
 
 CHUNK = 20_000_000
 """Numbers a vectorised evaluation may hold per parameter-sized array."""
-LANES, VECTORS = (8, 32, 256), (1, 8, 32)
+LANES, VECTORS = (8, 32, 128, 256), (1, 8, 32)
 """Evaluations, and vectors of a curvature product, in one call of a mapped graph: few choices, each a graph."""
 WORTH = 2**20
 """Numbers in an array from which more evaluations in one call gain nothing: torch's own work is then the cost."""
@@ -122,31 +122,28 @@ class Calculus:
             grad = _grad(loss, x)
         return grad, loss.detach()
 
-    def _hessian_products(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor, vectors: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return _products(self.loss(x, noise, batch, n), x, vectors)
+    def _surprise(self, y: Tensor, noise: Noise, batch: Batch, n: Tensor, x: Tensor) -> Tensor:
+        """Minus log q at y of the draw at x: in mean its Hessian in y, where y is x, is the Fisher information."""
+        theta, phi = self.program.split(x)
+        terms = self.particles(theta, phi, self.program.split(y)[1], noise, batch)
+        log_q: Tensor = self.program.unit_scale * terms.log_q.sum(-1).mean() / self.normaliser
+        return -log_q
 
-    def _fisher_products(self, x: Tensor, noise: Noise, batch: Batch, n: Tensor, vectors: Tensor) -> Tensor:
-        """Minus the Hessian of log q in the density's parameters at the fixed draw: in mean, the Fisher information."""
-        theta, phi = self.program.split(x.detach())
-        with torch.enable_grad():
-            y = x.detach().requires_grad_()
-            terms = self.particles(theta, phi, self.program.split(y)[1], noise, batch)
-            log_q = self.program.unit_scale * terms.log_q.sum(-1).mean() / self.normaliser
-            return _products(-log_q, y, vectors)
+    def _flat(self, name: str, batch: Batch) -> Callable[..., Any]:
+        """The named method over flat tensors, the parts of noise and batch among them."""
+        method, parts, rows = getattr(self, name), len(batch.args), batch.indices is not None
+
+        def flat(x: Tensor, normal: Tensor, uniform: Tensor, *rest: Tensor) -> Any:
+            args, rest = tuple(rest[:parts]), rest[parts:]
+            indices, rest = (rest[0], rest[1:]) if rows else (None, rest)
+            return method(x, Noise(normal, uniform), Batch(args, indices), *rest)
+
+        return flat
 
     def function(self, name: str, x: Tensor, noise: Noise, batch: Batch, *more: Tensor) -> Callable[..., Any]:
         """The named method over flat tensors; traced from the given shapes at the first call."""
         if name not in self._graphs:
-            method, parts = getattr(self, name), len(batch.args)
-            rows = batch.indices is not None
-
-            def flat(x: Tensor, normal: Tensor, uniform: Tensor, *rest: Tensor) -> Any:
-                args, rest = tuple(rest[:parts]), rest[parts:]
-                indices, rest = (rest[0], rest[1:]) if rows else (None, rest)
-                return method(x, Noise(normal, uniform), Batch(args, indices), *rest)
-
+            flat = self._flat(name, batch)
             if self.traced:
                 graph = simplify(to_graph(flat, *_flatten(x, noise, batch, *more), functional=False))
                 self._graphs[name], self._widths[name] = graph, widest(graph)
@@ -156,61 +153,50 @@ class Calculus:
 
     # ---- many evaluations ----
 
-    def _map(self, name: str, x: Tensor, feed: Feed, step: float, *vectors: Tensor) -> Any:
-        """Map a method over the J evaluations of a feed, in pieces, at one ``x`` or one for each.
-
-        Curvature products are mapped over their ``vectors`` ``(R, 1, P)`` as well where evaluations are.
-        """
+    def _map(self, name: str, x: Tensor, feed: Feed, step: float) -> Any:
+        """Map a method over the J evaluations of a feed, in pieces, at one ``x`` or one for each."""
         n = torch.full((), step, dtype=x.dtype, device=x.device)
         count, many = len(feed.noise.normal), x.dim() == 2
         first = feed.batch(self.program, 0)
-        single = [v[0] if self.vectorise else v for v in vectors]
-        function = self.function(name, x[0] if many else x, feed.noise.at(0), first, n, *single)
-        flags = [many, True, True, *(feed.moving for _ in first.args)]
-        flags += [True] * (first.indices is not None) + [False] * (1 + len(vectors))
+        function = self.function(name, x[0] if many else x, feed.noise.at(0), first, n)
+        flags = self._flags(feed, first, many)
 
         def flat(part: slice) -> list[Tensor]:
             at = x[part] if many else x
-            return _flatten(at, feed.noise.at(part), feed.batch(self.program, part), n, *vectors)
+            return _flatten(at, feed.noise.at(part), feed.batch(self.program, part), n)
 
-        if self.vectorise and (count > 1 or vectors):
+        if self.vectorise and count > 1:
+            lanes, mapped = self._lanes(name, count), over_draws(function, flags, vectorise=True)
             try:
-                return self._in_lanes(name, function, flags, flat, count, bool(vectors))
+                made = [
+                    tree_map(lambda t, used=used: t[:used], self._call((name, *flags), mapped, inputs))
+                    for inputs, used in _in_lanes(flat, flags, count, lanes)
+                ]
+                return _joined(made)
             except RuntimeError:  # an operation that vmap cannot map
                 self.vectorise = False
-                if vectors:
-                    return torch.cat([self._map(name, x, feed, step, v) for v in vectors[0]], 1)
         with buffers_kept(() if self.traced else self.program.modules):
             return over_draws(function, flags, vectorise=False)(*flat(slice(count)))
 
-    def _in_lanes(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        flags: list[bool],
-        flat: Callable[[slice], list[Tensor]],
-        count: int,
-        products: bool,
-    ) -> Any:
-        """By a graph of many evaluations at once, in lanes of a fixed number; what fills the last lanes is dropped."""
-        numbers = self._widths[name] * (VECTORS[-1] if products else 1)
-        lanes = min(_fitting(LANES, min(count, WORTH // numbers)), max(1, CHUNK // numbers))
-        results = []
-        for start in range(0, count, lanes):
-            inputs = flat(slice(start, min(start + lanes, count)))
-            missing = lanes - min(lanes, count - start)
-            if missing:
-                inputs = [_filled(t, missing) if mapped else t for t, mapped in zip(inputs, flags, strict=True)]
-            key = (name, *flags, *(t.shape for t in inputs))
-            if key not in self._graphs:
-                last = [*[False] * (len(flags) - 1), products]
-                one = over_draws(function, last, vectorise=True) if products else function
-                mapped = over_draws(one, flags, vectorise=True)
-                self._graphs[key] = simplify(to_graph(mapped, *inputs, functional=False))
-            with torch.no_grad():
-                made = self._graphs[key](*inputs)
-            results.append(tree_map(lambda t, keep=lanes - missing: t[:keep], made))
-        return _joined(results)
+    @staticmethod
+    def _flags(feed: Feed, batch: Batch, many: bool) -> list[bool]:
+        """Which of the inputs of a flat method, n the last, differ between the evaluations of a feed."""
+        rows = [True] * (batch.indices is not None)
+        return [many, True, True, *(feed.moving for _ in batch.args), *rows, False]
+
+    def _lanes(self, name: str, count: int, vectors: int = 1) -> int:
+        """Evaluations in one call of a mapped graph, by the widest array in one of them."""
+        numbers = self._widths[name] * vectors
+        worth = max((size for size in LANES if size * numbers <= WORTH), default=LANES[0])
+        return min(_fitting(LANES, count), worth, max(1, CHUNK // numbers))
+
+    def _call(self, key: tuple[Any, ...], function: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        """``function`` as a graph, made at the first call with such inputs."""
+        key = (*key, *(t.shape for t in inputs))
+        if key not in self._graphs:
+            self._graphs[key] = simplify(to_graph(function, *inputs, functional=False))
+        with torch.no_grad():
+            return self._graphs[key](*inputs)
 
     def gradients(self, x: Tensor, feed: Feed, *, step: float = math.inf) -> tuple[Tensor, Tensor]:
         """J independent gradients ``(J, P)`` and losses ``(J,)`` at ``x``; schedules as at ``step``, or at the end.
@@ -228,22 +214,50 @@ class Calculus:
 
     def hessian_products(self, x: Tensor, vectors: Tensor, feed: Feed) -> Tensor:
         """Mean Hessian of the loss over the feed, times each row of ``vectors`` ``(R, P)``."""
-        return self._mean_products("_hessian_products", x, vectors, feed)
+        return self._mean_products("loss", x, vectors, feed)
 
     def fisher_products(self, x: Tensor, vectors: Tensor, feed: Feed) -> Tensor:
         """Mean Fisher information of q (per ``normaliser``), times each row of ``vectors``; needs a split objective."""
-        return self._mean_products("_fisher_products", x, vectors, feed)
+        return self._mean_products("_surprise", x, vectors, feed, x.detach())
 
-    def _mean_products(self, name: str, x: Tensor, vectors: Tensor, feed: Feed) -> Tensor:
-        """Vectors are mapped like draws; a graph that is not mapped takes one of them, handlers all in one run."""
-        if not self.vectorise:
-            pieces = torch.split(vectors, 1) if self.traced else (vectors,)
-            return torch.cat([self._map(name, x, feed, math.inf, piece).mean(0) for piece in pieces])
-        rows, found = _fitting(VECTORS, len(vectors)), []
-        for piece in torch.split(vectors, rows):
-            filled = _filled(piece, rows - len(piece)).unsqueeze(1)
-            found.append(self._map(name, x, feed, math.inf, filled).mean(0).reshape(rows, -1)[: len(piece)])
-        return torch.cat(found)
+    def _mean_products(self, name: str, x: Tensor, vectors: Tensor, feed: Feed, *held: Tensor) -> Tensor:
+        """Hessian in ``x`` of the named method's mean over the feed, times each row of ``vectors``.
+
+        The mean is taken before its derivative, so that no array of the size of the parameters is held for each
+        evaluation. Where those can be mapped, so are the vectors; what fills the last lanes weighs nothing.
+        """
+        n = torch.full((), math.inf, dtype=x.dtype, device=x.device)
+        count, first = len(feed.noise.normal), feed.batch(self.program, 0)
+        rows, lanes = len(vectors) if not self.traced else 1, 1
+        if self.vectorise:
+            self.function("loss", x, feed.noise.at(0), first, n)  # tells how wide one is
+            rows = _fitting(VECTORS, len(vectors))
+            lanes = self._lanes("loss", count, rows)
+        flags = [*self._flags(feed, first, False), *(False for _ in held)]
+        products = _products_of(self._flat(name, first), flags, vectorise=self.vectorise)
+        found = torch.zeros_like(vectors)
+
+        def flat(part: slice) -> list[Tensor]:
+            return [*_flatten(x, feed.noise.at(part), feed.batch(self.program, part), n), *held]
+
+        try:
+            for inputs, used in _in_lanes(flat, flags, count, lanes):
+                weights = (torch.arange(lanes, device=x.device) < used).to(x.dtype) / count
+                for row in range(0, len(vectors), rows):
+                    piece = vectors[row : row + rows]
+                    given = [*inputs, weights, _filled(piece, rows - len(piece))]
+                    if self.traced:
+                        made = self._call(("products", name, self.vectorise, *flags), products, given)
+                    else:
+                        with buffers_kept(self.program.modules):
+                            made = products(*given)
+                    found[row : row + rows] += made[: len(piece)]
+        except RuntimeError:
+            if not self.vectorise:
+                raise
+            self.vectorise = False  # an operation that vmap cannot map
+            return self._mean_products(name, x, vectors, feed, *held)
+        return found
 
     def on(self, program: Program) -> Calculus:
         """The same functions on other data, ``program.with_data(...)``; new graphs where more than rows differ."""
@@ -262,13 +276,37 @@ def _grad(y: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor:
     return torch.zeros_like(x) if grad is None else grad
 
 
-def _products(y: Tensor, x: Tensor, vectors: Tensor) -> Tensor:
-    """Hessian of y in x, times each row of ``vectors``."""
-    grad = _grad(y, x, create_graph=True)
-    if not grad.requires_grad:
-        return torch.zeros_like(vectors)
-    rows = [torch.autograd.grad(grad @ v, x, retain_graph=True, allow_unused=True)[0] for v in vectors]
-    return torch.stack([torch.zeros_like(x) if row is None else row for row in rows])
+def _products_of(scalar: Callable[..., Tensor], flags: Sequence[bool], *, vectorise: bool) -> Callable[..., Tensor]:
+    """A function of the inputs of several evaluations of ``scalar``, their weights ``(J,)``, and vectors ``(R, P)``.
+
+    It gives the Hessian in the first input of the weighted sum, times each of the vectors.
+    """
+
+    def products(x: Tensor, *rest: Tensor) -> Tensor:
+        *inputs, weights, vectors = rest
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            values = over_draws(scalar, flags, vectorise=vectorise)(x, *inputs)
+            grad = _grad((weights * values).sum(), x, create_graph=True)
+            if not grad.requires_grad:
+                return torch.zeros_like(vectors)
+
+            def product(vector: Tensor) -> Tensor:
+                (made,) = torch.autograd.grad(grad, x, vector, retain_graph=True, allow_unused=True)
+                return torch.zeros_like(x) if made is None else made
+
+            return torch.vmap(product)(vectors) if vectorise else torch.stack([product(v) for v in vectors])
+
+    return products
+
+
+def _in_lanes(
+    flat: Callable[[slice], list[Tensor]], flags: Sequence[bool], count: int, lanes: int
+) -> Iterator[tuple[list[Tensor], int]]:
+    """Inputs of so many evaluations at a time, and how many of them are wanted: copies of the last fill the rest."""
+    for start in range(0, count, lanes):
+        inputs, used = flat(slice(start, min(start + lanes, count))), min(lanes, count - start)
+        yield [_filled(t, lanes - used) if mapped else t for t, mapped in zip(inputs, flags, strict=True)], used
 
 
 def _fitting(sizes: Sequence[int], count: int) -> int:

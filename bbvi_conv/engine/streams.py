@@ -102,13 +102,15 @@ class Stream:
         rows = [minibatch.indices(self.seed + s, start, size, total, BLOCK) for s in range(self.num_seeds)]
         return torch.stack(rows, 1) if self.num_seeds > 1 else rows[0]
 
-    def once(self, key: int, count: int) -> Feed:
+    def once(self, key: int, count: int, *, spread: bool = False) -> Feed:
         """``count`` independent evaluations under one key: fresh noise, fresh rows drawn i.i.d. from the whole data.
 
-        For one seed at a time; :func:`feed_of_all` puts several together.
+        For one seed at a time; :func:`feed_of_all` puts several together. With ``spread`` the noise fills its space
+        evenly instead, for a mean that needs no interval.
         """
         gen = generator(self.seed, self.name, key, self.program.device)
-        noise = self.program.layout.draw(gen, count, self.draws, dtype=self.program.dtype)
+        draw = self.program.layout.spread if spread else self.program.layout.draw
+        noise = draw(gen, count, self.draws, dtype=self.program.dtype)
         minibatch = self.program.minibatch
         if minibatch is None:
             return Feed(noise)

@@ -92,6 +92,12 @@ def gram_matrix(gradients: Tensor | Iterable[Tensor]) -> Tensor:
     return gram
 
 
+def trace_of_covariance(gram: Tensor) -> float:
+    r""":math:`\operatorname{tr}\Sigma`, unbiased, from the Gram matrix ``(J, J)`` of J gradients; NaN as they are."""
+    count = len(gram)
+    return float(gram.trace() - gram.sum() / count) / (count - 1)
+
+
 def total_gram(grams: Mapping[str, Tensor]) -> Tensor:
     """Gram matrix of all groups together, ``(J, J)``: squared norms of disjoint groups of parameters add.
 

@@ -14,7 +14,7 @@ from bbvi_conv.engine.calculus import CHUNK, Calculus
 from bbvi_conv.engine.streams import Feed, Stream, feed_of_all
 from bbvi_conv.monitor.control import Control, fit_control, pilot_draws
 from bbvi_conv.monitor.distance import DENSE, PRODUCTS, half_norm, half_norm_by_products, paired_improvement, scaled
-from bbvi_conv.monitor.gradient_norm import gram_matrix
+from bbvi_conv.monitor.gradient_norm import gram_matrix, trace_of_covariance
 from bbvi_conv.monitor.intervals import Estimate, unavailable
 from bbvi_conv.objectives.objective import Objective
 from bbvi_conv.program.program import Program
@@ -43,7 +43,7 @@ class Effort(NamedTuple):
     Attributes:
         first, most: draws to begin with, and at most.
         dense: whether the matrix is formed; otherwise it is known by products.
-        matrix: draws its mean is over.
+        matrix: draws its mean is over, spread evenly: for smooth curvature 128 of them do what 1,024 alone would.
         dear: whether curvature waits until a window no longer improves the bound.
     """
 
@@ -59,12 +59,12 @@ def effort(size: int, wide: int, *, vectorised: bool) -> Effort:
 
     Example:
         >>> effort(65, 120, vectorised=True)
-        Effort(first=256, most=4096, dense=True, matrix=1024, dear=False)
+        Effort(first=256, most=4096, dense=True, matrix=128, dear=False)
     """
     afford = max(32, GRADIENT_COST // wide)
     first, most = (FIRST_DRAWS, MOST_DRAWS) if vectorised else (FIRST_DRAWS // 4, MOST_DRAWS // 16)
     dense = size <= DENSE and size * 64 * wide <= MATRIX_COST
-    columns, least, top = (size, 64, 1024 if vectorised else 64) if dense else (2 * PRODUCTS, 16, 256)
+    columns, least, top = (size, 64, 128 if vectorised else 64) if dense else (2 * PRODUCTS, 16, 64)
     matrix = max(least, min(top, MATRIX_COST // (columns * wide)))
     return Effort(min(first, afford), min(most, afford), dense, matrix, wide > WIDE)
 
@@ -170,8 +170,8 @@ class Judge:
         self.unseen = None if held_out is None else self.quiet.on(held_out)
         self.compared = self.plain if self.unseen is None else _with_objective(self.unseen, self.plain.objective)
 
-    def _feed(self, calculus: Calculus, stream: str, key: int, count: int) -> Feed:
-        return Stream(calculus.program, self.seed, stream, calculus.objective.draws).once(key, count)
+    def _feed(self, calculus: Calculus, stream: str, key: int, count: int, *, spread: bool = False) -> Feed:
+        return Stream(calculus.program, self.seed, stream, calculus.objective.draws).once(key, count, spread=spread)
 
     def of_seed(self, seed: int) -> Judge:
         """The same judge with the noise of another seed."""
@@ -217,8 +217,8 @@ class Judge:
 
     def _traces(self, gradients: Tensor) -> dict[str, float]:
         """Trace of the covariance of one gradient, per group."""
-        spread = gradients.to(torch.float64).var(0)
-        return {group: float(spread[part].sum()) for group, part in self.calculus.program.present_groups.items()}
+        grams = grams_by_group(self.calculus.program, gradients)
+        return {group: trace_of_covariance(gram) for group, gram in grams.items()}
 
     def compare(self, points: Sequence[Tensor]) -> Tensor:
         """Losses ``(S, n)`` of S points in total nats, on the same noise and rows, which no check has seen."""
@@ -326,7 +326,7 @@ class Judge:
     ) -> Tensor | _Product:
         """A mean curvature matrix on the active coordinates, or its products where forming it would cost too much."""
         spent = self._effort(calculus, len(active))
-        feed = self._feed(calculus, "evaluate", keys.next(), spent.matrix)
+        feed = self._feed(calculus, "evaluate", keys.next(), spent.matrix, spread=True)
         known = _Product(lambda vectors: products(x, vectors, feed), x, active)
         return known.dense() if spent.dense else known
 

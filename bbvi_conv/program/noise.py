@@ -12,9 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.quasirandom import SobolEngine
 
 BLOCK = 256
 """Steps in one block of noise."""
+HALF_CELL = 2.0**-31
+"""Half the distance between two values that a coordinate of a Sobol point may have."""
 
 
 class Noise(NamedTuple):
@@ -39,7 +42,28 @@ class NoiseLayout(NamedTuple):
         device = generator.device
         normal = torch.randn(*leading, self.normal, generator=generator, dtype=dtype, device=device)
         uniform = torch.rand(*leading, self.uniform, generator=generator, dtype=dtype, device=device)
-        return Noise(normal, uniform.clamp_(torch.finfo(dtype).tiny, 1 - torch.finfo(dtype).eps))
+        return Noise(normal, _inside(uniform))
+
+    def spread(self, generator: torch.Generator, count: int, draws: int, *, dtype: torch.dtype) -> Noise:
+        """Noise ``(count, draws, ...)`` of the same law, each one of ``count`` fresh, that fill the space evenly.
+
+        Scrambled Sobol points: a mean of a smooth function over them is unbiased and far less noisy than over
+        independent ones, but its draws are not independent of each other. Where there are more numbers in one than
+        the points have dimensions, it is :meth:`draw`.
+        """
+        size = self.normal + self.uniform
+        if not 0 < draws * size <= SobolEngine.MAXDIM:
+            return self.draw(generator, count, draws, dtype=dtype)
+        sobol = SobolEngine(draws * size, scramble=True, seed=generator.initial_seed())  # type: ignore[no-untyped-call]
+        points = sobol.draw(count, dtype=torch.float64).reshape(count, draws, size) + HALF_CELL
+        points = _inside(points.to(generator.device, dtype))
+        return Noise(torch.special.ndtri(points[..., : self.normal]), points[..., self.normal :])
+
+
+def _inside(uniform: Tensor) -> Tensor:
+    """Kept off the ends of (0, 1)."""
+    info = torch.finfo(uniform.dtype)
+    return uniform.clamp(info.tiny, 1 - info.eps)
 
 
 def generator(seed: int, stream: str, block: int, device: torch.device | str = "cpu") -> torch.Generator:

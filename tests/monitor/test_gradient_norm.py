@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bbvi_conv.monitor import SquaredNorm, gram_matrix, squared_norm, total_gram
-from bbvi_conv.monitor.gradient_norm import squared_norm_of_draws
+from bbvi_conv.monitor.gradient_norm import squared_norm_of_draws, trace_of_covariance
 from bbvi_conv.monitor.intervals import student_quantile
 
 J = 32
@@ -193,6 +193,14 @@ def test_gradients_at_the_end_of_float32_still_have_figures() -> None:
     largest = 1e37 * torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     record = squared_norm(gram_matrix(largest))
     assert all(math.isfinite(number) for number in record)
+
+
+def test_the_trace_is_that_of_the_covariance() -> None:
+    gradients = 5.0 + torch.randn(6, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = trace_of_covariance(gram_matrix(gradients))
+    assert found == pytest.approx(float(gradients.var(0).sum()), rel=1e-12)
+    gradients[2, 1] = math.inf
+    assert math.isnan(trace_of_covariance(gram_matrix(gradients)))
 
 
 def test_bad_input_is_named() -> None:
