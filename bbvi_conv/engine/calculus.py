@@ -166,13 +166,14 @@ class Calculus:
             return _flatten(at, feed.noise.at(part), feed.batch(self.program, part), n)
 
         if self.vectorise and count > 1:
-            lanes, mapped = self._lanes(name, count), over_draws(function, flags, vectorise=True)
+            lanes, mapped, parts = self._lanes(name, count), over_draws(function, flags, vectorise=True), []
             try:
-                made = [
-                    tree_map(lambda t, used=used: t[:used], self._call((name, *flags), mapped, inputs))
-                    for inputs, used in _in_lanes(flat, flags, count, lanes)
-                ]
-                return _joined(made)
+                for inputs, used in _in_lanes(flat, flags, count, lanes):
+                    graph = self._graph((name, *flags), mapped, inputs)
+                    with torch.no_grad():
+                        made = graph(*inputs)
+                    parts.append(tree_map(lambda t, used=used: t[:used], made))
+                return _joined(parts)
             except RuntimeError:  # an operation that vmap cannot map
                 self.vectorise = False
         with buffers_kept(() if self.traced else self.program.modules):
@@ -190,13 +191,14 @@ class Calculus:
         worth = max((size for size in LANES if size * numbers <= WORTH), default=LANES[0])
         return min(_fitting(LANES, count), worth, max(1, CHUNK // numbers))
 
-    def _call(self, key: tuple[Any, ...], function: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
-        """``function`` as a graph, made at the first call with such inputs."""
+    def _graph(
+        self, key: tuple[Any, ...], function: Callable[..., Any], inputs: Sequence[Tensor]
+    ) -> Callable[..., Any]:
+        """``function`` as a graph for such inputs, traced when first asked for."""
         key = (*key, *(t.shape for t in inputs))
         if key not in self._graphs:
             self._graphs[key] = simplify(to_graph(function, *inputs, functional=False))
-        with torch.no_grad():
-            return self._graphs[key](*inputs)
+        return self._graphs[key]
 
     def gradients(self, x: Tensor, feed: Feed, *, step: float = math.inf) -> tuple[Tensor, Tensor]:
         """J independent gradients ``(J, P)`` and losses ``(J,)`` at ``x``; schedules as at ``step``, or at the end.
@@ -228,7 +230,7 @@ class Calculus:
         """
         n = torch.full((), math.inf, dtype=x.dtype, device=x.device)
         count, first = len(feed.noise.normal), feed.batch(self.program, 0)
-        rows, lanes = len(vectors) if not self.traced else 1, 1
+        rows, lanes = 1 if self.traced else len(vectors), 1
         if self.vectorise:
             self.function("loss", x, feed.noise.at(0), first, n)  # tells how wide one is
             rows = _fitting(VECTORS, len(vectors))
@@ -243,21 +245,36 @@ class Calculus:
         try:
             for inputs, used in _in_lanes(flat, flags, count, lanes):
                 weights = (torch.arange(lanes, device=x.device) < used).to(x.dtype) / count
+                run = self._run_of(("products", name, *flags), products, [*inputs, weights])
                 for row in range(0, len(vectors), rows):
                     piece = vectors[row : row + rows]
-                    given = [*inputs, weights, _filled(piece, rows - len(piece))]
-                    if self.traced:
-                        made = self._call(("products", name, self.vectorise, *flags), products, given)
-                    else:
-                        with buffers_kept(self.program.modules):
-                            made = products(*given)
-                    found[row : row + rows] += made[: len(piece)]
+                    found[row : row + rows] += run(_filled(piece, rows - len(piece)))[: len(piece)]
         except RuntimeError:
             if not self.vectorise:
                 raise
             self.vectorise = False  # an operation that vmap cannot map
             return self._mean_products(name, x, vectors, feed, *held)
         return found
+
+    def _run_of(
+        self, key: tuple[Any, ...], products: Callable[..., Tensor], inputs: list[Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        """Vectors to their products at given inputs: by handlers all in one run, by graphs mapped or one by one."""
+
+        def by_handlers(vectors: Tensor) -> Tensor:
+            with buffers_kept(self.program.modules):
+                return products(*inputs, vectors)
+
+        def by_graph(vectors: Tensor) -> Tensor:
+            graph, given = self._graph(key, products, [*inputs, vectors[:1]]), vectors
+            if len(vectors) > 1:
+                given = vectors.unsqueeze(1)
+                mapped = over_draws(graph, [*(False for _ in inputs), True], vectorise=True)
+                graph = self._graph(key, mapped, [*inputs, given])
+            with torch.no_grad():
+                return graph(*inputs, given).reshape(vectors.shape)  # type: ignore[no-any-return]
+
+        return by_graph if self.traced else by_handlers
 
     def on(self, program: Program) -> Calculus:
         """The same functions on other data, ``program.with_data(...)``; new graphs where more than rows differ."""
@@ -291,11 +308,8 @@ def _products_of(scalar: Callable[..., Tensor], flags: Sequence[bool], *, vector
             if not grad.requires_grad:
                 return torch.zeros_like(vectors)
 
-            def product(vector: Tensor) -> Tensor:
-                (made,) = torch.autograd.grad(grad, x, vector, retain_graph=True, allow_unused=True)
-                return torch.zeros_like(x) if made is None else made
-
-            return torch.vmap(product)(vectors) if vectorise else torch.stack([product(v) for v in vectors])
+            rows = [torch.autograd.grad(grad @ v, x, retain_graph=True, allow_unused=True)[0] for v in vectors]
+            return torch.stack([torch.zeros_like(x) if row is None else row for row in rows])
 
     return products
 

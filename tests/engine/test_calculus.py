@@ -52,6 +52,7 @@ def test_gradients_and_losses(both: tuple[Calculus, Calculus], moved, count: int
         assert len(got) == count
         torch.testing.assert_close(got, expected, **ROUNDING)
     torch.testing.assert_close(mapped.losses(x, feed), looped.losses(x, feed), **ROUNDING)
+    assert mapped.vectorise
 
 
 @pytest.mark.parametrize("vectors", [1, 3, VECTORS[-1] + 2])
@@ -62,6 +63,7 @@ def test_products(both: tuple[Calculus, Calculus], moved, count: int, vectors: i
     feed = Stream(mapped.program, 0, "evaluate", 2).once(4, count)
     many = torch.randn(vectors, len(x), generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     hessian, fisher = mapped.hessian_products(x, many, feed), mapped.fisher_products(x, many, feed)
+    assert mapped.vectorise
     torch.testing.assert_close(hessian, looped.hessian_products(x, many, feed), **ROUNDING)
     torch.testing.assert_close(fisher, looped.fisher_products(x, many, feed), **ROUNDING)
     assert hessian.shape == fisher.shape == many.shape
