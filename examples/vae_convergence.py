@@ -30,6 +30,7 @@ from vae_lab.training import Pair, interval, looks, networks_from, train
 import bbvi_conv as bc
 from bbvi_conv.data import celeba, cifar100, mnist
 from bbvi_conv.model_file import load_module, load_programs, locate_model
+from bbvi_conv.monitor.strata import Strata
 from bbvi_conv.optim import Optimiser
 
 BAR = 0.05
@@ -62,7 +63,8 @@ SIZES = {
 class Row:
     """One training: objective, optimiser, batch, options of the networks; ``group`` is the figure it belongs to.
 
-    ``dense`` is a shipped model on MNIST, which takes the place of the convolutional one.
+    ``dense`` is a shipped model on MNIST, which takes the place of the convolutional one; ``longer`` multiplies the
+    steps; ``strata`` are the stretches of steps looked at, those of ``train`` by default.
     """
 
     group: str
@@ -71,8 +73,12 @@ class Row:
     networks: dict[str, Any]
     batch: int
     dense: str | None = None
+    longer: int = 1
+    strata: Strata | None = None
 
 
+CLOSE = Strata(min_length=1, growth=0.1)
+"""Every step of a steep start, then every tenth of the way: what a slope needs in order to have a narrow interval."""
 ADAM = bc.TheoremAdam(0.003, radius=500.0)
 DENSE_ADAM = bc.TheoremAdam(0.02, radius=200.0)
 
@@ -85,14 +91,18 @@ def rows(size: Size) -> dict[str, Row]:
     def row(group: str, objective: Any = elbo, optimiser: Optimiser = ADAM, batch: int = size.batch, **net: Any) -> Row:
         return Row(group, objective, optimiser, net, batch)
 
-    def dense(group: str, objective: Any = elbo, optimiser: Optimiser = DENSE_ADAM, name: str = "") -> Row:
-        return Row(f"dense, {group}", objective, optimiser, {}, size.batch, f"deep_gaussian_vae{name}")
+    def dense(group: str, objective: Any = elbo, optimiser: Optimiser = DENSE_ADAM, **more: Any) -> Row:
+        return Row(f"dense, {group}", objective, optimiser, {}, size.batch, **{"dense": "deep_gaussian_vae", **more})
+
+    def slow(optimiser: Optimiser = DENSE_ADAM, **more: Any) -> Row:  # a constant step takes long to reach its floor
+        return dense("optimisers", optimiser=optimiser, longer=4, strata=CLOSE, **more)
 
     found = {
-        "dense, adam": dense("optimisers"),
-        "dense, sgd": dense("optimisers", optimiser=bc.SGD(bc.InverseSqrt(1e-3))),
-        "dense, adam, constant step": dense("optimisers", optimiser=bc.Adam(bc.Constant(0.005))),
-        "dense, ReLU, unbounded": dense("optimisers", name=":relu"),
+        "dense, adam": slow(),
+        "dense, sgd": slow(bc.SGD(bc.InverseSqrt(1e-3))),
+        "dense, adam, constant 0.1": slow(bc.Adam(bc.Constant(0.1))),
+        "dense, adam, constant 0.005": slow(bc.Adam(bc.Constant(0.005))),
+        "dense, ReLU, unbounded": slow(dense="deep_gaussian_vae:relu"),
         "adam": row("optimisers"),
         "sgd": row("optimisers", optimiser=bc.SGD(bc.InverseSqrt(1e-6))),
         "adam, constant step": row("optimisers", optimiser=bc.Adam(bc.Constant(0.005))),
@@ -153,7 +163,7 @@ def measure(row: Row, size: Size, data: tuple[Tensor, Tensor], engine: str, devi
         ]
         return {"negative_elbo": [-bound for bound in bounds]}
 
-    marks = sorted({max(1, round(size.steps * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
+    marks = sorted({max(1, round(row.longer * size.steps * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
     fit, history = train(
         networks(row, size, seed),
         (data[0],),
@@ -166,6 +176,7 @@ def measure(row: Row, size: Size, data: tuple[Tensor, Tensor], engine: str, devi
         seed=seed,
         engine=engine,
         device=device,
+        **({} if row.strata is None else {"strata": row.strata}),
     )
     return {"group": row.group, "looks": looks(fit), "curve": history, "steps_seconds": fit.seconds["steps"]}
 
@@ -255,7 +266,9 @@ def run(
     data: Annotated[str, typer.Option(help="cifar100 or celeba")] = "cifar100",
     engine: Annotated[str, typer.Option(help="of the steps")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    steps: Annotated[int | None, typer.Option(help="of every row; those of the size by default", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="of a row, a longer one its multiple; by default the size's", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="the first one, of starts, rows and noise", min=0)] = 0,
 ) -> None:
     """Train the rows, draw them and write results.json."""
