@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bbvi_conv.engine import Calculus, Stream
-from bbvi_conv.engine.calculus import LANES, VECTORS
+from bbvi_conv.engine.calculus import LANES, VECTORS, WORTH
 from bbvi_conv.families import FullRank
 from bbvi_conv.objectives import ELBO
 from bbvi_conv.program import Minibatch
@@ -57,7 +57,11 @@ def test_gradients_and_losses(both: tuple[Calculus, Calculus], moved, count: int
 
 @pytest.mark.parametrize("vectors", [1, 3, VECTORS[-1] + 2])
 @pytest.mark.parametrize("count", [1, 11])
-def test_products(both: tuple[Calculus, Calculus], moved, count: int, vectors: int) -> None:
+@pytest.mark.parametrize("worth", [WORTH, 1], ids=["in one piece", "in pieces"])
+def test_products(
+    both: tuple[Calculus, Calculus], moved, monkeypatch: pytest.MonkeyPatch, count: int, vectors: int, worth: int
+) -> None:
+    monkeypatch.setattr("bbvi_conv.engine.calculus.WORTH", worth)
     mapped, looped = both
     x = moved(mapped.program)
     feed = Stream(mapped.program, 0, "evaluate", 2).once(4, count)
