@@ -100,6 +100,7 @@ def rows(size: Size) -> dict[str, Row]:
     found = {
         "dense, adam": slow(),
         "dense, sgd": slow(bc.SGD(bc.InverseSqrt(1e-3))),
+        "dense, adam, constant 0.3": slow(bc.Adam(bc.Constant(0.3))),
         "dense, adam, constant 0.1": slow(bc.Adam(bc.Constant(0.1))),
         "dense, adam, constant 0.005": slow(bc.Adam(bc.Constant(0.005))),
         "dense, ReLU, unbounded": slow(dense="deep_gaussian_vae:relu"),
