@@ -43,7 +43,7 @@ class Effort(NamedTuple):
     Attributes:
         first, most: draws to begin with, and at most.
         dense: whether the matrix is formed; otherwise it is known by products.
-        matrix: draws its mean is over, spread evenly: for smooth curvature 128 of them do what 1,024 alone would.
+        matrix: draws its mean is over, spread evenly: 128 of them do about what 1,024 independent ones would.
         dear: whether curvature waits until a window no longer improves the bound.
     """
 
@@ -64,7 +64,7 @@ def effort(size: int, wide: int, *, vectorised: bool) -> Effort:
     afford = max(32, GRADIENT_COST // wide)
     first, most = (FIRST_DRAWS, MOST_DRAWS) if vectorised else (FIRST_DRAWS // 4, MOST_DRAWS // 16)
     dense = size <= DENSE and size * 64 * wide <= MATRIX_COST
-    columns, least, top = (size, 64, 128 if vectorised else 64) if dense else (2 * PRODUCTS, 16, 64)
+    columns, least, top = (size, 64, 128 if vectorised else 64) if dense else (2 * PRODUCTS, 16, 256)
     matrix = max(least, min(top, MATRIX_COST // (columns * wide)))
     return Effort(min(first, afford), min(most, afford), dense, matrix, wide > WIDE)
 

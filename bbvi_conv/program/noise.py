@@ -16,6 +16,8 @@ from torch.quasirandom import SobolEngine
 
 BLOCK = 256
 """Steps in one block of noise."""
+MOST_SPREAD = 1024
+"""Numbers in one draw up to which draws are spread evenly: beyond, that takes long, and a few points fill no space."""
 HALF_CELL = 2.0**-31
 """Half the distance between two values that a coordinate of a Sobol point may have."""
 
@@ -48,11 +50,11 @@ class NoiseLayout(NamedTuple):
         """Noise ``(count, draws, ...)`` of the same law, each one of ``count`` fresh, that fill the space evenly.
 
         Scrambled Sobol points: a mean of a smooth function over them is unbiased and far less noisy than over
-        independent ones, but its draws are not independent of each other. Where there are more numbers in one than
-        the points have dimensions, it is :meth:`draw`.
+        independent ones, but its draws are not independent of each other. Beyond ``MOST_SPREAD`` numbers in one it
+        is :meth:`draw`.
         """
         size = self.normal + self.uniform
-        if not 0 < draws * size <= SobolEngine.MAXDIM:
+        if not 0 < draws * size <= MOST_SPREAD:
             return self.draw(generator, count, draws, dtype=dtype)
         sobol = SobolEngine(draws * size, scramble=True, seed=generator.initial_seed())  # type: ignore[no-untyped-call]
         points = sobol.draw(count, dtype=torch.float64).reshape(count, draws, size) + HALF_CELL
