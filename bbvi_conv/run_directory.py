@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from bbvi_conv import interrupts
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -97,9 +99,9 @@ class RunDirectory:
 
     def close(self) -> None:
         """Give the lock back."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -157,8 +159,11 @@ class RunDirectory:
         """Whether there is a checkpoint to load, sound or not."""
         return bool(self._numbers())
 
+    @interrupts.held()
     def save_checkpoint(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Write tensors and plain data as one unit; a kill at any instant leaves this checkpoint or the one before.
+
+        Ctrl-C is heard when it is written.
 
         Args:
             tensors: by name, of any device.

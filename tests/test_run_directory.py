@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,50 @@ for folder in sys.stdin:
     print(child, flush=True)
     os.waitpid(child, 0)
 """
+
+
+@pytest.mark.parametrize("interrupted", ["close", "fsync", "rename", "rmdir"])
+def test_ctrl_c_is_heard_when_the_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    """Each call of the kind is followed by a Ctrl-C, as one that comes while it runs is."""
+    call, heard = getattr(os, interrupted), signal.getsignal(signal.SIGINT)
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        call(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+
+    with RunDirectory.create(tmp_path) as run:
+        for count in range(2):
+            run.save_checkpoint(TENSORS, {"count": count})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, interrupted, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run.save_checkpoint(TENSORS, {"count": 2})
+        assert signal.getsignal(signal.SIGINT) is heard
+        assert run.load_checkpoint()[1] == {"count": 2}
+    assert len(list((tmp_path / "checkpoint").iterdir())) == 2
+
+
+def test_an_error_while_a_checkpoint_is_written_is_told_though_ctrl_c_was_hit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    heard = signal.getsignal(signal.SIGINT)
+    with RunDirectory.create(tmp_path) as run, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            run.save_checkpoint(TENSORS, META)
+    assert signal.getsignal(signal.SIGINT) is heard
+
+
+def test_checkpoints_are_written_in_other_threads_too(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path) as run, ThreadPoolExecutor(1) as pool:
+        pool.submit(run.save_checkpoint, TENSORS, META).result()
+        assert repr(run.load_checkpoint()[1]) == repr(META)
 
 
 def test_a_kill_at_any_instant_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
