@@ -79,7 +79,7 @@ class Row:
 
 CLOSE = Strata(min_length=1, growth=0.1)
 """Every step of a steep start, then every tenth of the way: what a slope needs in order to have a narrow interval."""
-ADAM = bc.TheoremAdam(0.003, radius=500.0)
+ADAM = bc.TheoremAdam(0.01, radius=500.0)
 DENSE_ADAM = bc.TheoremAdam(0.02, radius=200.0)
 
 
@@ -89,7 +89,7 @@ def rows(size: Size) -> dict[str, Row]:
     every = max(1, size.steps // 6)
 
     def row(group: str, objective: Any = elbo, optimiser: Optimiser = ADAM, batch: int = size.batch, **net: Any) -> Row:
-        return Row(group, objective, optimiser, net, batch)
+        return Row(group, objective, optimiser, net, batch, strata=CLOSE if group == "optimisers" else None)
 
     def dense(optimiser: Optimiser = DENSE_ADAM, name: str = "") -> Row:  # a constant step is late at its floor
         model = f"deep_gaussian_vae{name}"
@@ -112,7 +112,7 @@ def rows(size: Size) -> dict[str, Row]:
         "ReLU, unclipped": row("smoothness", activation=nn.ReLU, clipped=False),
     }
     for beta1 in (0.0, 0.5, 0.99):
-        found[f"beta1 {beta1:g}"] = row("beta1", optimiser=bc.TheoremAdam(0.003, 500.0, beta1=beta1, beta2=0.9999))
+        found[f"beta1 {beta1:g}"] = row("beta1", optimiser=bc.TheoremAdam(0.01, 500.0, beta1=beta1, beta2=0.9999))
     bounds: dict[str, Any] = {f"IWAE {draws}": bc.IWAE(draws) for draws in sorted({1, max(2, most // 4), most})}
     bounds["growing K"] = bc.GrowingParticles(bc.IWAE(1), stop=most, every=every)
     bounds["Renyi IWAE"] = bc.VRIWAE(most, alpha=0.5)

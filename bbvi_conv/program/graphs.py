@@ -15,6 +15,8 @@ _SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.l
 _RESHAPES = (_aten.view.default, _aten.expand.default, _aten.reshape.default, _aten._unsafe_view.default)
 _ONE = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 _ZERO = (_aten.add.Tensor, _aten.sub.Tensor)
+_FILLS = {"fill_": _aten.full_like.default, "zero_": _aten.zeros_like.default}
+"""``aten.fill`` and ``aten.zero``, which give a result of their own, have no ``vmap`` rule."""
 
 
 PRODUCTS = (
@@ -140,6 +142,9 @@ def _give_anew(node: Node) -> None:
     if not _changes(node) or not isinstance(source, Node) or len(source.users) > 1:
         return
     name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname  # type: ignore[union-attr]
+    if name in _FILLS:
+        node.target = _FILLS[name]
+        return
     packet = getattr(_aten, name.removesuffix("_"), None)
     if name.endswith("_") and _is_fresh(source) and hasattr(packet, overload):
         node.target = getattr(packet, overload)

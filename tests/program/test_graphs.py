@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -40,4 +41,22 @@ def test_what_changes_memory_that_nothing_else_reads_gives_anew(
     simplify(graph)
     assert changing() == left
     for ours, expected in zip(graph(x), function(x), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def filled(x: Tensor) -> tuple[Tensor, ...]:
+    """As torch writes the derivative of silu, and a sum that begins with nothing."""
+    return (torch.empty_like(x).fill_(1).sub_(x) * x, torch.empty_like(x).zero_().add_(x))
+
+
+def test_what_is_filled_is_mapped_without_a_loop(capfd: pytest.CaptureFixture[str]) -> None:
+    """torch says so on stderr where it maps an operation one by one, which is slow."""
+    x = torch.arange(6.0).reshape(2, 3)
+    graph = simplify(to_graph(filled, x, functional=False))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        made = torch.func.vmap(graph)(x)
+    assert not said
+    assert "batching rule" not in capfd.readouterr().err
+    for ours, expected in zip(made, filled(x), strict=True):
         assert torch.equal(ours, expected)
