@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bbvi_conv.engine.native import products
 from bbvi_conv.engine.native.hazards import overwritten_too_soon
 from bbvi_conv.engine.native.inductor import (
     DebugContext,
@@ -146,8 +147,8 @@ def _lower(graph: GraphModule, given: Sequence[Tensor], mode: FakeTensorMode) ->
 class _Lowering:
     """Graphs to instructions over the slots of one recorder: that of a step, and those of the scans inside it."""
 
-    def __init__(self, recorder: Recorder, mode: FakeTensorMode) -> None:
-        self.recorder, self.mode = recorder, mode
+    def __init__(self, recorder: Recorder, mode: FakeTensorMode, threads: int) -> None:
+        self.recorder, self.mode, self.threads = recorder, mode, threads
         self.sources: list[str] = []
         self._graphs = 0
 
@@ -168,6 +169,10 @@ class _Lowering:
             place = self.recorder.place
             copies = [_copy(place(new), place(old), old, "") for new, old in zip(apart, own, strict=True)]
         self.sources += sources
+        if products.faster():
+            with self.mode:
+                made, more = products.written(made, self.recorder, self.threads, f"k{self._graphs}_")
+            self.sources += [products.HELPERS, *more] if more and products.HELPERS not in self.sources else more
         return [*(i for part in made for i in (self._scan(part) if isinstance(part, Pending) else [part])), *copies]
 
     def _written(
@@ -250,7 +255,7 @@ def lower(graph: GraphModule, example: Sequence[Tensor], carry: int, *, threads:
             given = [mode.from_tensor(t, static_shapes=True) for t in example]
             outs = [torch.empty(m.shape, dtype=m.dtype) for m in results(graph)[carry:]]
         everything = [*given, *outs]
-        lowering = _Lowering(Recorder(everything), mode)
+        lowering = _Lowering(Recorder(everything), mode, threads)
         code = lowering.instructions(graph, given, carry, outs)
     recorder, count = lowering.recorder, len(everything)
     if len(recorder.slots) < count or any(recorder.slot(t) != i for i, t in enumerate(everything)):

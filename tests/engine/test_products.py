@@ -1,0 +1,112 @@
+"""Products of matrices in generated code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bbvi_conv.engine.native import NativeLoop, products
+from bbvi_conv.program.trace import to_graph
+
+RUNS = pytest.mark.skipif(not products.available(), reason="needs a processor with AVX-512, and torch's oneDNN")
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+def plain(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    return (a @ b,)
+
+
+def left_by_columns(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """As the gradient of a weight is."""
+    return (a.T @ b,)
+
+
+def right_by_columns(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    return (a @ b.T,)
+
+
+def both_by_columns(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    return (a.T @ b.T,)
+
+
+def part_of_rows(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """Rows with gaps."""
+    return (a[:, 3:] @ b[3:],)
+
+
+def layer(a: Tensor, b: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (torch.addmm(bias, a, b.T),)
+
+
+def layer_by_rows(a: Tensor, b: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (torch.addmm(bias, a, b),)
+
+
+CASES: list[tuple[Function, list[tuple[int, ...]]]] = [
+    (plain, [(128, 784), (784, 400)]),
+    (plain, [(37, 1200), (1200, 31)]),  # several blocks of what is summed over
+    (plain, [(700, 65), (65, 333)]),  # several blocks each way, none of them full
+    (plain, [(1, 513), (513, 97)]),
+    (left_by_columns, [(128, 400), (128, 784)]),
+    (left_by_columns, [(128, 784), (128, 50)]),
+    (right_by_columns, [(128, 784), (400, 784)]),
+    (right_by_columns, [(640, 400), (784, 400)]),
+    (both_by_columns, [(300, 129), (71, 300)]),
+    (part_of_rows, [(65, 303), (303, 77)]),
+    (layer, [(128, 784), (400, 784), (400,)]),
+    (layer, [(640, 400), (75, 400), (75,)]),
+    (layer_by_rows, [(128, 400), (400, 41), (41,)]),
+]
+
+
+def every(*given: Tensor) -> tuple[Tensor, ...]:
+    """All cases, in one step."""
+    rest = iter(given)
+    return tuple(value for function, sizes in CASES for value in function(*(next(rest) for _ in sizes)))
+
+
+@RUNS
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_products_are_those_of_torch(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within rounding of the product in float64, by no call of torch's, at every step of a loop."""
+    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(products, "faster", lambda: True)
+    gen = torch.Generator().manual_seed(0)
+    steps = [[torch.randn(size, generator=gen) for _, sizes in CASES for size in sizes] for _ in range(2)]
+    loop = NativeLoop(to_graph(every, *steps[0]), steps[0], 0, len(steps[0]), threads=threads)
+    loop.load()
+    assert not loop._plan.calls()
+    _, made = loop([], [torch.stack(moving) for moving in zip(*steps, strict=True)], 2)
+    for step, given in enumerate(steps):
+        for values, expected in zip(made, every(*(t.double() for t in given)), strict=True):
+            torch.testing.assert_close(values[step].double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@RUNS
+def test_products_of_other_numbers_stay_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(products, "faster", lambda: True)
+    given = [torch.randn(64, 64, dtype=torch.float64) for _ in range(2)]
+    loop = NativeLoop(to_graph(plain, *given), given, 0, 2)
+    loop.load()
+    assert [call.target for call in loop._plan.calls()] == ["aten.mm.out"]
+    _, (made,) = loop([], [t[None] for t in given], 1)
+    torch.testing.assert_close(made[0], given[0] @ given[1])
+
+
+def test_which_processors_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose maker is AMD, and of these those that can run them."""
+    maker = {"Genuine": "vendor_id : GenuineIntel", "Authentic": "vendor_id : AuthenticAMD"}
+    for name, line in maker.items():
+        for runs in (False, True):
+            products.faster.cache_clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(products, "available", lambda runs=runs: runs)
+                patch.setattr(Path, "read_text", lambda *_, line=line, **__: f"processor : 0\n{line}\n")
+                assert products.faster() == (runs and name == "Authentic")
+    products.faster.cache_clear()
