@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bbvi_conv.engine.native import products
+from bbvi_conv.engine.native import joining, products
 from bbvi_conv.engine.native.hazards import overwritten_too_soon
 from bbvi_conv.engine.native.inductor import (
     DebugContext,
@@ -169,6 +169,7 @@ class _Lowering:
             place = self.recorder.place
             copies = [_copy(place(new), place(old), old, "") for new, old in zip(apart, own, strict=True)]
         self.sources += sources
+        made = joining.settled(made, self.recorder)
         if products.faster():
             with self.mode:
                 made, more = products.written(made, self.recorder, self.threads, f"k{self._graphs}_")
@@ -193,7 +194,7 @@ class _Lowering:
             pure = make_fx(step, decomposition_table=_decompositions())(*everything)
         pure = GraphModule(pure, fx_graph_cse(pure.graph))
         pure.graph.eliminate_dead_code()
-        pure.recompile()
+        joining.mark(pure)
         code = _lower(pure, everything, self.mode)
         self.recorder.code = []
         with self.mode:
