@@ -61,6 +61,6 @@ def test_the_rows_are_what_the_study_is_about() -> None:
     assert rows["dense, growing K"].objective == rows["growing K"].objective
     assert {row.dense is None for row in rows.values() if not row.group.startswith("dense")} == {True}
     assert isinstance(rows["adam"].optimiser.step_size, bc.InverseSqrt)
-    assert isinstance(rows["adam, constant step"].optimiser.step_size, bc.Constant)
+    assert isinstance(rows["adam, constant 0.05"].optimiser.step_size, bc.Constant)
     with pytest.raises(TypeError):
         study.Row("depth")
