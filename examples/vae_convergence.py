@@ -15,7 +15,7 @@ Source: Surendran et al. (2025), theorem for Adam and its experiments.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +79,8 @@ class Row:
 
 CLOSE = Strata(min_length=1, growth=0.1)
 """Every step of a steep start, then every tenth of the way: what a slope needs in order to have a narrow interval."""
-ADAM = bc.TheoremAdam(0.01, radius=500.0)
+_adam = partial(bc.TheoremAdam, 0.01, 500.0)
+ADAM = _adam()
 DENSE_ADAM = bc.TheoremAdam(0.02, radius=200.0)
 
 
@@ -113,7 +114,7 @@ def rows(size: Size) -> dict[str, Row]:
         "ReLU, unclipped": row("smoothness", activation=nn.ReLU, clipped=False),
     }
     for beta1 in (0.0, 0.5, 0.99):
-        found[f"beta1 {beta1:g}"] = row("beta1", optimiser=bc.TheoremAdam(0.01, 500.0, beta1=beta1, beta2=0.9999))
+        found[f"beta1 {beta1:g}"] = row("beta1", optimiser=_adam(beta1=beta1, beta2=0.9999))
     bounds: dict[str, Any] = {f"IWAE {draws}": bc.IWAE(draws) for draws in sorted({1, max(2, most // 4), most})}
     bounds["growing K"] = bc.GrowingParticles(bc.IWAE(1), stop=most, every=every)
     bounds["Renyi IWAE"] = bc.VRIWAE(most, alpha=0.5)

@@ -15,7 +15,7 @@ _SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.l
 _RESHAPES = (_aten.view.default, _aten.expand.default, _aten.reshape.default, _aten._unsafe_view.default)
 _ONE = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 _ZERO = (_aten.add.Tensor, _aten.sub.Tensor)
-_FILLS = {"fill_": _aten.full_like.default, "zero_": _aten.zeros_like.default}
+_FILLS = {_aten.fill_.Scalar: _aten.full_like.default, _aten.zero_.default: _aten.zeros_like.default}
 """``aten.fill`` and ``aten.zero``, which give a result of their own, have no ``vmap`` rule."""
 
 
@@ -139,14 +139,13 @@ def simplify(graph: GraphModule) -> GraphModule:
 def _give_anew(node: Node) -> None:
     """Let an operation that changes what nothing else reads give a result of its own: it then fuses with others."""
     source = node.args[0] if node.args else None
-    if not _changes(node) or not isinstance(source, Node) or len(source.users) > 1:
+    if not _changes(node) or not isinstance(source, Node) or len(source.users) > 1 or not _is_fresh(source):
         return
     name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname  # type: ignore[union-attr]
-    if name in _FILLS:
-        node.target = _FILLS[name]
-        return
     packet = getattr(_aten, name.removesuffix("_"), None)
-    if name.endswith("_") and _is_fresh(source) and hasattr(packet, overload):
+    if node.target in _FILLS:
+        node.target = _FILLS[node.target]
+    elif name.endswith("_") and hasattr(packet, overload):
         node.target = getattr(packet, overload)
 
 

@@ -26,7 +26,16 @@ def shared(x: Tensor) -> tuple[Tensor, ...]:
     return row, copy, other, copy.add_(1)
 
 
-@pytest.mark.parametrize(("function", "left"), [(fresh, 0), (shared, 1)])
+def part_filled(x: Tensor) -> tuple[Tensor, ...]:
+    """Parts of what is read as a whole; and something new as a whole."""
+    changed = x.exp()
+    changed[0].fill_(2.0)
+    changed[1, 1:].zero_()
+    changed[1, 0].fill_(x.sum())
+    return (changed * torch.empty_like(x).fill_(3.0),)
+
+
+@pytest.mark.parametrize(("function", "left"), [(fresh, 0), (shared, 1), (part_filled, 3)])
 def test_what_changes_memory_that_nothing_else_reads_gives_anew(
     function: Callable[[Tensor], tuple[Tensor, ...]], left: int
 ) -> None:

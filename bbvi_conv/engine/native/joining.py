@@ -41,15 +41,12 @@ def mark(graph: GraphModule) -> None:
     """Let a vector of large products, and of small other parts, be an operation of ours; changes ``graph``."""
     for node in graph.graph.find_nodes(op="call_function", target=_aten.cat.default):
         parts, *rest = node.args
-        worth = any(_size(part) >= LARGE for part in parts)
-        known = all(_of_product(part) or _size(part) < LARGE for part in parts) and len({*parts}) == len(parts)
-        if worth and known and rest in ([], [0]) and len(node.meta["val"].shape) == 1:
+        values = [part.meta["val"] for part in parts]
+        large = [part for part, value in zip(parts, values, strict=True) if value.numel() >= LARGE]
+        alike = {(value.dim(), value.dtype) for value in values} == {(1, node.meta["val"].dtype)}
+        if large and all(map(_of_product, large)) and alike and len({*parts}) == len(parts) and rest in ([], [0]):
             node.target, node.args = torch.ops.bbvi_conv.joined.default, (list(parts),)
     graph.recompile()
-
-
-def _size(node: Node) -> int:
-    return int(node.meta["val"].numel())
 
 
 def _of_product(node: Node) -> bool:

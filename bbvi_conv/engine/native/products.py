@@ -23,6 +23,7 @@ SHARED = 2**20
 """Multiplications from which a product is worth sharing out among threads."""
 
 _BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
+"""The name of that function in torch's library, by its arguments."""
 
 HELPERS = """
 #include <torch/csrc/inductor/cpp_prefix.h>
