@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,12 +178,20 @@ for folder in sys.stdin:
 """
 
 
+@pytest.fixture
+def heard() -> Iterator[Callable[..., Any]]:
+    """What hears Ctrl-C, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("interrupted", ["close", "fsync", "rename", "rmdir"])
 def test_ctrl_c_is_heard_when_the_checkpoint_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: Callable[..., Any], interrupted: str
 ) -> None:
     """Each call of the kind is followed by a Ctrl-C, as one that comes while it runs is."""
-    call, heard = getattr(os, interrupted), signal.getsignal(signal.SIGINT)
+    call = getattr(os, interrupted)
 
     def interrupt(*arguments: object, **options: object) -> None:
         call(*arguments, **options)
@@ -201,13 +210,12 @@ def test_ctrl_c_is_heard_when_the_checkpoint_is_written(
 
 
 def test_an_error_while_a_checkpoint_is_written_is_told_though_ctrl_c_was_hit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: Callable[..., Any]
 ) -> None:
     def full(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    heard = signal.getsignal(signal.SIGINT)
     with RunDirectory.create(tmp_path) as run, monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
