@@ -18,6 +18,11 @@ from bbvi_conv.program import Batch, Noise, Program
 from bbvi_conv.program.trace import TracedLogWeights
 
 
+def pytest_runtest_setup() -> None:
+    """Every test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiled code of the tests goes to a folder of theirs, and ``engine="auto"`` runs traced, with no compiling."""
