@@ -99,14 +99,10 @@ def test_products_of_other_numbers_stay_calls(tmp_path: Path, monkeypatch: pytes
     torch.testing.assert_close(made[0], given[0] @ given[1])
 
 
-def test_which_processors_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runs", [False, True])
+@pytest.mark.parametrize(("maker", "amd"), [("GenuineIntel", False), ("AuthenticAMD", True)])
+def test_which_processors_they_are_for(maker: str, amd: bool, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those whose maker is AMD, and of these those that can run them."""
-    maker = {"Genuine": "vendor_id : GenuineIntel", "Authentic": "vendor_id : AuthenticAMD"}
-    for name, line in maker.items():
-        for runs in (False, True):
-            products.faster.cache_clear()
-            with monkeypatch.context() as patch:
-                patch.setattr(products, "available", lambda runs=runs: runs)
-                patch.setattr(Path, "read_text", lambda *_, line=line, **__: f"processor : 0\n{line}\n")
-                assert products.faster() == (runs and name == "Authentic")
-    products.faster.cache_clear()
+    monkeypatch.setattr(products, "available", lambda: runs)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor : 0\nvendor_id\t: {maker}\n")
+    assert products.faster.__wrapped__() == (runs and amd)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bbvi_conv.engine.native.plan import Call, Copy, Instruction, Place, View, places
+from bbvi_conv.engine.native.products import CALLS
 from bbvi_conv.engine.native.recording import Pending, Recorder
 
 LARGE = 2**16
@@ -23,7 +24,6 @@ LARGE = 2**16
 _aten: Any = torch.ops.aten
 _SHAPES = (_aten.view.default, _aten.permute.default, _aten.reshape.default, _aten._unsafe_view.default)
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default)
-_MADE = ("aten.mm.out", "aten.addmm.out")
 
 
 @torch.library.custom_op("bbvi_conv::joined", mutates_args=())
@@ -38,7 +38,7 @@ def _(parts: Sequence[Tensor]) -> Tensor:
 
 
 def mark(graph: GraphModule) -> None:
-    """Let a vector of large products, and of small other parts, be an operation of ours; changes ``graph``."""
+    """Let a vector of large products and small other parts be an operation of ours; does not recompile ``graph``."""
     for node in graph.graph.find_nodes(op="call_function", target=_aten.cat.default):
         parts, *rest = node.args
         values = [part.meta["val"] for part in parts]
@@ -46,7 +46,6 @@ def mark(graph: GraphModule) -> None:
         alike = {(value.dim(), value.dtype) for value in values} == {(1, node.meta["val"].dtype)}
         if large and all(map(_of_product, large)) and alike and len({*parts}) == len(parts) and rest in ([], [0]):
             node.target, node.args = torch.ops.bbvi_conv.joined.default, (list(parts),)
-    graph.recompile()
 
 
 def _of_product(node: Node) -> bool:
@@ -95,7 +94,7 @@ def _maker(part: View, made: Sequence[Instruction | Pending], recorder: Recorder
     """The product that was the last to touch the memory of a part, if it wrote the part and no more."""
     last = next((i for i in reversed(range(len(made))) if part.place.slot in _slots(made[i], recorder)), None)
     step = None if last is None else made[last]
-    if not isinstance(step, Call) or step.target not in _MADE:
+    if not isinstance(step, Call) or step.target not in CALLS:
         return None
     out: View = step.kwargs["out"]
     rows, columns = out.size

@@ -59,13 +59,13 @@ def _link() -> list[str]:
     return ["-L", str(root), f"-Wl,-rpath,{root}", "-ltorch_cpu", "-lc10"]
 
 
-def _processor() -> str:
-    """What ``-march=native`` depends on."""
+def processor() -> str:
+    """What ``-march=native`` and the choice of operations depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return " ".join(os.uname())
-    wanted = ("model name", "flags", "Features", "CPU part")
+    wanted = ("vendor_id", "model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.split(":")[0].strip() in wanted}))
 
 
@@ -77,7 +77,7 @@ def name_of(description: str, version: str) -> str:
     """
     path = compiler()
     shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    return cache.key(FORMAT, description, version, torch.__version__, shown, " ".join(_flags()), _processor())
+    return cache.key(FORMAT, description, version, torch.__version__, shown, " ".join(_flags()), processor())
 
 
 def is_cached(name: str) -> bool:

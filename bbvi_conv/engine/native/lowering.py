@@ -195,6 +195,7 @@ class _Lowering:
         pure = GraphModule(pure, fx_graph_cse(pure.graph))
         pure.graph.eliminate_dead_code()
         joining.mark(pure)
+        pure.recompile()
         code = _lower(pure, everything, self.mode)
         self.recorder.code = []
         with self.mode:

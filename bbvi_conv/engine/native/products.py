@@ -16,8 +16,12 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from bbvi_conv.engine.native.library import processor
 from bbvi_conv.engine.native.plan import Call, Kernel, View
 from bbvi_conv.engine.native.recording import Recorder
+
+CALLS = ("aten.mm.out", "aten.addmm.out")
+"""What torch's products are recorded as."""
 
 SHARED = 2**20
 """Multiplications from which a product is worth sharing out among threads."""
@@ -55,7 +59,6 @@ static void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld
 """C++ text that the kernels need, once."""
 
 _KERNEL = """
-#include <torch/csrc/inductor/cpp_prefix.h>
 static void {name}({arguments})
 {{
     {parallel}
@@ -115,11 +118,7 @@ class Product(NamedTuple):
 @cache
 def faster() -> bool:
     """Whether generated products are faster here than torch's: on AMD's processors with vectors of 512 bits."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return False
-    return available() and any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in lines)
+    return available() and "AuthenticAMD" in processor()
 
 
 @cache
@@ -164,7 +163,7 @@ def written(
 def _product(call: Call) -> Product | None:
     """The product that a call is, if it is one of float32 matrices that lie by rows or by columns."""
     scales = [value for name, value in call.kwargs.items() if name != "out"]
-    if call.target not in ("aten.mm.out", "aten.addmm.out") or any(value != 1 for value in scales):
+    if call.target not in CALLS or any(value != 1 for value in scales):
         return None
     *biases, a, b = call.args
     given = (a, b, call.kwargs["out"])
