@@ -46,6 +46,7 @@ class Archive:
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
+        self._due = 0.0
         self._written: dict[int, tuple[tuple[Look, ...], Rows]] = {}
 
     @classmethod
@@ -88,6 +89,14 @@ class Archive:
         }
         self.directory.write_config(config)
         self.directory.append_log(f"started on the {run.engine.name} engine: {run.engine.reason}")
+
+    def keep(self, state: FitState, seed: int) -> None:
+        """A checkpoint, unless the last one is so fresh that more than a tenth of the time would go into them."""
+        start = time.perf_counter()
+        if start >= self._due:
+            self.checkpoint(state, seed)
+            end = time.perf_counter()
+            self._due = end + 9 * (end - start)
 
     def checkpoint(self, state: FitState, seed: int) -> None:
         """Save the state as one unit, and the looks so far as ``monitor.csv``; ``seed`` is the first of the run."""

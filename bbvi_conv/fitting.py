@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,7 +132,7 @@ def _drive(
             bar.show(now)
             if looked:
                 if archive is not None:
-                    archive.checkpoint(now, run.settings.seed)
+                    archive.keep(now, run.settings.seed)
                 if on_look is not None:
                     on_look(now)
 
@@ -142,6 +142,11 @@ def _drive(
             interrupted = True
             with suppress(KeyboardInterrupt):  # a second one skips the check of what is returned
                 latest = run.finish(latest)
+        except BaseException:
+            if archive is not None:
+                with closing(archive):
+                    archive.checkpoint(latest, run.settings.seed)
+            raise
     result = Fit(run, latest, archive=archive, source=source, interrupted=interrupted)
     if run.settings.update_modules:
         run.program.write_back(result.x)

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from bbvi_conv.decoded import NoFigure
 from bbvi_conv.plots import plot
 
@@ -309,6 +311,12 @@ def _plain(value: Any) -> str:
 
 
 def _data_uri(figure: Figure) -> str:
+    """The image that ``savefig`` would write; that lays out and draws every figure twice."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(buffer, "png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -243,8 +243,6 @@ class Run:
             program.analytic = closed_form_sites(program)
         self._stages: dict[Objective, _Stage] = {}
         self._enter(self.schedule.at(0, ()))
-        dear = width(self.engine.calculus) > WIDE or not self.engine.calculus.vectorise
-        self.strata = settings.strata or (SPARSE if dear else Strata())
         self.compile_seconds = clock() - start
 
     @property
@@ -274,12 +272,16 @@ class Run:
                 reason=self._engine_reason,
                 products=None if settings.amp is None else torch.bfloat16,
             )
+            if not self._stages:
+                dear = width(engine.calculus) > WIDE or not engine.calculus.vectorise
+                self.strata = settings.strata or (SPARSE if dear else Strata())
             judge = Judge(
                 engine.calculus,
                 settings.seed,
                 gradients=settings.num_gradients,
                 tolerance=settings.tol,
                 held_out=self.held_out,
+                looks=settings.num_seeds * self.strata.count(settings.max_steps) if engine.name == "compiled" else 0,
             )
             stream = self._stream(objective, settings.num_seeds)
             self._stages[objective] = _Stage(engine, judge, stream)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bbvi_conv as bc
+from bbvi_conv.archive import Archive
 from bbvi_conv.model_file import load_model
 from bbvi_conv.run_directory import RunDirectory
 
@@ -132,6 +133,39 @@ def test_a_run_stopped_between_looks_in_one_process_ends_in_the_same_bits(
     assert 0 < first.state.step < STEPS
     again = bc.load(tmp_path / "run")
     assert torch.equal(again.x, first.x)
+    again.resume(progress=False)
+    assert_same(tmp_path / "run", reference)
+
+
+def test_a_run_that_fails_keeps_its_last_look_and_goes_on(
+    undisturbed: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in what is called after a look, where checkpoints are so slow that none but the first is due."""
+    spec, reference = undisturbed
+    config = json.loads((reference / "config.json").read_text())
+    seen: list[bc.FitState] = []
+    slow = Archive.checkpoint
+
+    def checkpoint(self: Archive, state: bc.FitState, seed: int) -> None:
+        time.sleep(1.0)
+        slow(self, state, seed)
+
+    def fail(state: bc.FitState) -> None:
+        seen.append(state)
+        if len(seen) == 10:
+            raise OSError("the disk that on_look writes to is full")
+
+    monkeypatch.setattr(Archive, "checkpoint", checkpoint)
+    found = load_model(spec)
+    settings = {**found.defaults, "max_steps": STEPS, "tol": 1e-12, "seed": config["settings"]["seed"]}
+    settings |= {"out": tmp_path / "run", "source": bc.ModelSource(str(found.path), found.name), "progress": False}
+    with pytest.raises(OSError, match="is full"):
+        bc.fit(found.model, found.guide, found.args, on_look=fail, **settings)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "run" / "checkpoint").iterdir())) == 2  # of ten looks, the first and the last
+    again = bc.load(tmp_path / "run")
+    assert again.state.step == seen[-1].step > seen[0].step
+    assert torch.equal(again.state.carry.x, seen[-1].carry.x)
     again.resume(progress=False)
     assert_same(tmp_path / "run", reference)
 

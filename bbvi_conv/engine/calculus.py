@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
-from bbvi_conv.engine.streams import Feed
+from bbvi_conv.engine.compiled_map import CompiledMap, compiled_where_it_pays, filled
+from bbvi_conv.engine.streams import Feed, Stream
 from bbvi_conv.objectives.objective import Objective
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.graphs import simplify, widest
@@ -86,6 +88,7 @@ class Calculus:
         self.particles = over_draws(log_weights, (False, False, False, True, False), vectorise=self._many)
         self._graphs: dict[Any, Callable[..., Any]] = {}
         self._widths: dict[str, int] = {}
+        self._compiled: CompiledMap | None = None
 
     @classmethod
     def of(cls, program: Program, objective: Objective, normaliser: float) -> Calculus:
@@ -153,6 +156,21 @@ class Calculus:
 
     # ---- many evaluations ----
 
+    def compile_gradients(self, evaluations: float) -> None:
+        """Compile what :meth:`gradients` runs at one point, where about so many evaluations repay it."""
+        n = torch.full((), math.inf, dtype=self.program.dtype, device=self.program.device)
+        feed = Stream(self.program, 0, "compile", self.objective.draws).once(0, 1)
+        noise, batch = feed.noise.at(0), feed.batch(self.program, 0)
+        inputs = _flatten(self.program.initial(), noise, batch, n)
+        graph = self.function("_gradient", inputs[0], noise, batch, n)
+        if isinstance(graph, GraphModule):
+            self._compiled = compiled_where_it_pays(graph, inputs, self._flags(feed, batch, False), evaluations)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether :meth:`compile_gradients` compiled them."""
+        return self._compiled is not None
+
     def _map(self, name: str, x: Tensor, feed: Feed, step: float) -> Any:
         """Map a method over the J evaluations of a feed, in pieces, at one ``x`` or one for each."""
         n = torch.full((), step, dtype=x.dtype, device=x.device)
@@ -165,6 +183,8 @@ class Calculus:
             at = x[part] if many else x
             return _flatten(at, feed.noise.at(part), feed.batch(self.program, part), n)
 
+        if name == "_gradient" and not many and self._compiled is not None:
+            return self._compiled(*flat(slice(count)))
         if self.vectorise and count > 1:
             lanes, mapped, parts = self._lanes(name, count), over_draws(function, flags, vectorise=True), []
             try:
@@ -248,7 +268,7 @@ class Calculus:
                 run = self._run_of(("products", name, *flags), products, [*inputs, weights])
                 for row in range(0, len(vectors), rows):
                     piece = vectors[row : row + rows]
-                    found[row : row + rows] += run(_filled(piece, rows - len(piece)))[: len(piece)]
+                    found[row : row + rows] += run(filled(piece, rows - len(piece)))[: len(piece)]
         except RuntimeError:
             if not self.vectorise:
                 raise
@@ -320,17 +340,12 @@ def _in_lanes(
     """Inputs of so many evaluations at a time, and how many of them are wanted: copies of the last fill the rest."""
     for start in range(0, count, lanes):
         inputs, used = flat(slice(start, min(start + lanes, count))), min(lanes, count - start)
-        yield [_filled(t, lanes - used) if mapped else t for t, mapped in zip(inputs, flags, strict=True)], used
+        yield [filled(t, lanes - used) if mapped else t for t, mapped in zip(inputs, flags, strict=True)], used
 
 
 def _fitting(sizes: Sequence[int], count: int) -> int:
     """The smallest of the sizes that holds so many, or the largest."""
     return next((size for size in sizes if size >= count), sizes[-1])
-
-
-def _filled(tensor: Tensor, missing: int) -> Tensor:
-    """With its last row repeated."""
-    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor
 
 
 def _joined(results: list[Any]) -> Any:

@@ -76,7 +76,7 @@ def elbo(
 
 
 def _elbo(found: Subject, draws: int, seed: int, level: float) -> PerDatum:
-    weigh, values, errors = Weights(found), [], []
+    weigh, values, errors = Weights(found, draws), [], []
     for index, (part, counted) in enumerate(found.parts()):
         total: Tensor | float = 0.0
         square: Tensor | float = 0.0

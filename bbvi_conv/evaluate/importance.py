@@ -55,7 +55,7 @@ def log_likelihood(
     check_count("num_particles", num_particles)
     check_count("batch", batch)
     found = subject(source, data, batch=batch, dtype=dtype)
-    weigh = Weights(found)
+    weigh = Weights(found, num_particles)
     firsts, seconds = [], []
     for index, (part, counted) in enumerate(found.parts()):
         sums = LogSums()
@@ -71,10 +71,15 @@ def log_likelihood(
 
 
 class Weights:
-    """Log weights ``(K, U)`` at the subject's parameters for noise ``(K, ...)`` and a batch: traced, else by a loop."""
+    """Log weights ``(K, U)`` at the subject's parameters for noise ``(K, ...)`` and a batch: traced, else by a loop.
 
-    def __init__(self, found: Subject) -> None:
-        self.program = found.program
+    Args:
+        found: the subject.
+        draws: how many of each datum there will be.
+    """
+
+    def __init__(self, found: Subject, draws: int) -> None:
+        self.program, self.runs = found.program, found.num_parts * draws
         self.theta, self.phi = found.program.split(found.x.detach())
         self.log_weights: Callable[..., Any] = found.program.log_weights
         self.traced = False
@@ -92,7 +97,7 @@ class Weights:
         fixed = [*batch.args, *([] if batch.indices is None else [batch.indices])]
         with torch.no_grad(), buffers_kept(self.program.modules):
             if self._mapped is None:
-                self._mapped = Mapped(self._one, list(noise), fixed, trace=self.traced)
+                self._mapped = Mapped(self._one, list(noise), fixed, trace=self.traced, runs=self.runs)
             return self._mapped(list(noise), fixed)["log_w"]
 
     def _one(self, normal: Tensor, uniform: Tensor, *fixed: Tensor) -> dict[str, Tensor]:

@@ -36,6 +36,12 @@ class Subject(NamedTuple):
         """N, units: rows of the data, or 1."""
         return self.program.total
 
+    @property
+    def num_parts(self) -> int:
+        """How many batches :meth:`parts` gives."""
+        minibatch = self.program.minibatch
+        return 1 if minibatch is None else -(-self.total // minibatch.size)
+
     def parts(self) -> Iterator[tuple[Batch, int]]:
         """Batches over all rows in order, each with how many of its rows count; the last is filled up with row 0."""
         program = self.program

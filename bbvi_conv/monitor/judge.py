@@ -152,6 +152,7 @@ class Judge:
         tolerance: nats, for the number of draws at a check.
         held_out: the same program over held-out rows, for the bound and the paired improvement; and for norms and bound
             at looks, on a stream of their own.
+        looks: how many are expected, of all seeds: where they repay it, their gradients are compiled.
     """
 
     def __init__(
@@ -162,9 +163,14 @@ class Judge:
         gradients: int = 32,
         tolerance: float = 0.01,
         held_out: Program | None = None,
+        looks: int = 0,
     ) -> None:
         self.calculus, self.seed, self.count, self.tolerance = calculus, seed, gradients, tolerance
         self.quiet, self.estimator_note = quietest(calculus)
+        if looks:
+            self.quiet.compile_gradients(looks * gradients)
+        if looks and self.quiet is not calculus:
+            calculus.compile_gradients(looks * min(gradients, TRAINING_GRADIENTS))
         self.cheap = _with_objective(self.quiet, self.quiet.objective.single())
         self.plain = _with_objective(calculus, calculus.objective.plain())
         self.unseen = None if held_out is None else self.quiet.on(held_out)
@@ -205,10 +211,10 @@ class Judge:
         step: float,
         stream: str = "monitor",
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """J gradients ``(J, P)`` and losses ``(J,)`` by seed; all seeds in one evaluation while they are narrow."""
+        """J gradients ``(J, P)`` and losses ``(J,)`` by seed; narrow uncompiled ones all at once."""
         draws = calculus.objective.draws
         feeds = {s: Stream(calculus.program, s, stream, draws).once(stratum, count) for s in points}
-        if len(points) == 1 or len(points) * count * width(calculus) > CHUNK:
+        if len(points) == 1 or calculus.compiled or len(points) * count * width(calculus) > CHUNK:
             return {s: calculus.gradients(x, feeds[s], step=step) for s, x in points.items()}
         at = torch.stack(list(points.values())).repeat_interleave(count, 0)
         grads, losses = calculus.gradients(at, feed_of_all(list(feeds.values())), step=step)

@@ -60,6 +60,19 @@ class Strata:
             start += self._length(start)
         return start, start + self._length(start)
 
+    def count(self, steps: int) -> int:
+        """How many strata the first ``steps`` steps touch.
+
+        Example:
+            >>> Strata(min_length=10, growth=0.5).count(5)
+            4
+        """
+        start = found = 0
+        while start < steps:
+            start += self._length(start)
+            found += 1
+        return found
+
     def random_step(self, seed: int, index: int) -> int:
         """The step looked at in stratum ``index``: uniform on it, the same for a resumed run.
 

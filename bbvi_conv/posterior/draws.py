@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
+from bbvi_conv.engine.compiled_map import compiled_where_it_pays
 from bbvi_conv.posterior.sites import Variable, inspect_sites, replay
 from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.graphs import simplify, widths
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, NoiseLayout, generator
 from bbvi_conv.program.program import Program
@@ -22,6 +23,10 @@ STREAM = "predict"
 REPLICATION = "predict data"
 MEMORY = 100_000_000
 """Numbers that the intermediate values of one vectorised piece may hold."""
+LANES = 8
+"""Draws that are one operation of compiled code: what they share, as an encoder, is computed once for all."""
+PIECE = 512
+"""Draws in one call of compiled code, whose intermediate values are those of ``LANES`` of them."""
 
 GLOBAL_ROWS = 4096
 """Rows seen at once where all latents are global."""
@@ -218,9 +223,18 @@ class Mapped:
         moving: example tensors with S in front.
         fixed: example tensors passed as they are.
         trace: whether to try a graph at all.
+        runs: draws that are expected in all; None: those of ``moving``. Where they repay it the graph is compiled.
     """
 
-    def __init__(self, function: Function, moving: Sequence[Tensor], fixed: Sequence[Tensor], *, trace: bool) -> None:
+    def __init__(
+        self,
+        function: Function,
+        moving: Sequence[Tensor],
+        fixed: Sequence[Tensor],
+        *,
+        trace: bool,
+        runs: int | None = None,
+    ) -> None:
         self.names: list[str] = []
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -232,10 +246,14 @@ class Mapped:
         self.call, self.piece = over_draws(flat, flags, vectorise=False), 1
         if trace:
             with suppress(RuntimeError):  # whatever a graph or vmap cannot do, a loop can
-                graph = to_graph(flat, *(m[0].clone() for m in moving), *(f.clone() for f in fixed))
+                example = [*(m[0].clone() for m in moving), *(f.clone() for f in fixed)]
+                graph = simplify(to_graph(flat, *example))
                 vectorised = over_draws(graph, flags, vectorise=True)
                 vectorised(*(m[:2] for m in moving), *fixed)
-                self.call, self.piece = vectorised, max(1, MEMORY // max(1, _numbers(graph)))
+                self.call, self.piece = vectorised, max(1, MEMORY // max(1, sum(widths(graph))))
+                compiled = compiled_where_it_pays(graph, example, flags, runs or len(moving[0]), lanes=LANES)
+                if compiled is not None:
+                    self.call, self.piece = compiled, max(self.piece, PIECE)
 
     def __call__(self, moving: Sequence[Tensor], fixed: Sequence[Tensor]) -> dict[str, Tensor]:
         """Values by name, each with S in front."""
@@ -243,12 +261,6 @@ class Mapped:
         parts = [self.call(*(m[s : s + piece] for m in moving), *fixed) for s in range(0, draws, piece)]
         columns = zip(*parts, strict=True)
         return {name: torch.cat(column) for name, column in zip(self.names, columns, strict=True)}
-
-
-def _numbers(graph: GraphModule) -> int:
-    """Numbers that all intermediate values of a graph hold together."""
-    found = (node.meta.get("tensor_meta") for node in graph.graph.nodes if node.op == "call_function")
-    return sum(meta.shape.numel() for meta in found if hasattr(meta, "shape"))
 
 
 def axis_of(site: Variable, plate: str | None, group: str) -> int | None:

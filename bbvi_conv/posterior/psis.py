@@ -187,7 +187,7 @@ def _unit_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[N
         fixed = [*batch.args, *([batch.indices] if batch.indices is not None else [])]
         with torch.no_grad(), buffers_kept(program.modules):
             if mapped is None:  # all parts have the same shapes
-                mapped = Mapped(function, list(noise), fixed, trace=not program.obstacles)
+                mapped = Mapped(function, list(noise), fixed, trace=not program.obstacles, runs=count * len(parts))
             out = mapped(list(noise), fixed)
         columns.append(out["log_w"])
         sizes.append(out["size"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,8 @@ _FILLS = {_aten.fill_.Scalar: _aten.full_like.default, _aten.zero_.default: _ate
 """``aten.fill`` and ``aten.zero``, which give a result of their own, have no ``vmap`` rule."""
 
 
-PRODUCTS = (
-    *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default),
-    *(_aten.convolution.default, _aten.convolution_backward.default),
-)
+CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)
+PRODUCTS = (*(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default), *CONVOLUTIONS)
 """Products of matrices, and convolutions."""
 
 NARROW = 64
@@ -77,6 +76,16 @@ def _cast(graph: GraphModule, source: Node, dtype: torch.dtype) -> Node:
     cast = graph.graph.call_function(_aten._to_copy.default, (source,), {"dtype": dtype})
     cast.meta["tensor_meta"] = source.meta["tensor_meta"]._replace(dtype=dtype)
     return cast
+
+
+def reordered(graph: GraphModule, order: Sequence[int]) -> GraphModule:
+    """The graph with its inputs in another order: first the one whose number comes first."""
+    inner = Graph()
+    known: dict[Node, Node] = {}
+    inputs = graph.graph.find_nodes(op="placeholder")
+    for node in [*(inputs[i] for i in order), *(node for node in graph.graph.nodes if node.op != "placeholder")]:
+        known[node] = inner.node_copy(node, known.__getitem__)
+    return GraphModule(graph, inner)
 
 
 def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:

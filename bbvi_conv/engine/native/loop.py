@@ -32,7 +32,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 class NativeLoop:
-    """``(carry, moving inputs, rows, fixed inputs) -> (carry, other results)``, T times, in one call.
+    """``(carry, held, moving inputs, rows, fixed inputs) -> (carry, other results)``, T times, in one call.
 
     The first results of the graph replace the carry, its first inputs; the others are kept for every step.
 
@@ -40,7 +40,8 @@ class NativeLoop:
         graph: ATen operations without mutation.
         example: one tensor per input, of the shapes of one step.
         carry: how many inputs the step replaces.
-        moving: how many inputs after them change from step to step.
+        moving: how many inputs change from step to step; they come after what is held.
+        held: how many inputs after the carry are given anew with every call, and are the same for all its steps.
         resident: data whose rows, drawn at every step, are the inputs after those.
         threads: threads of the generated code.
 
@@ -55,12 +56,13 @@ class NativeLoop:
         carry: int,
         moving: int,
         *,
+        held: int = 0,
         resident: Sequence[Tensor] = (),
         threads: int = 1,
     ) -> None:
-        self.carry, self.moving, self.threads = carry, moving, threads
+        self.carry, self.moving, self.held, self.threads = carry, moving, held, threads
         self._resident = [data.contiguous() for data in resident]
-        changing = carry + moving + len(resident)
+        self._changing = changing = carry + held + moving + len(resident)
         lifted, constants = lift(graph)
         fixed = [_whole(t) for t in (*example[changing:], *constants)]
         self._example = [*(torch.empty(t.shape, dtype=t.dtype) for t in example[:changing]), *fixed]
@@ -82,9 +84,9 @@ class NativeLoop:
 
     def twin(self) -> NativeLoop:
         """The same loaded loop over memory of its own, for another thread; what is fixed they share."""
-        changing = self.carry + self.moving + len(self._resident)
         other = copy(self)
-        other._example = [*(torch.empty_like(t) for t in self._example[:changing]), *self._example[changing:]]
+        own, shared = self._example[: self._changing], self._example[self._changing :]
+        other._example = [*map(torch.empty_like, own), *shared]
         other._lay()
         return other
 
@@ -126,12 +128,12 @@ class NativeLoop:
         return 0
 
     def __call__(
-        self, carry: Sequence[Tensor], moving: Sequence[Tensor], steps: int, rows: Tensor | None = None
+        self, given: Sequence[Tensor], moving: Sequence[Tensor], steps: int, rows: Tensor | None = None
     ) -> tuple[list[Tensor], ...]:
         """Run ``steps`` steps.
 
         Args:
-            carry: tensors of the carry; left as they are.
+            given: tensors of the carry, and what is held; left as they are.
             moving: one tensor ``(steps, ...)`` per moving input.
             steps: T.
             rows: ``(steps, ...)``, rows of the resident data, as many as an input has.
@@ -139,21 +141,22 @@ class NativeLoop:
         Returns:
             The carry, and the other results, each ``(steps, ...)``.
         """
-        for slot, value in zip(self._example, carry, strict=False):
+        for slot, value in zip(self._example, given, strict=False):
             slot.copy_(value)
         feeds = [m.contiguous() for m in moving]
         kept = [torch.empty((steps, *meta.shape), dtype=meta.dtype) for meta in self.results]
         first = len(self._example)
-        begin = self.carry + self.moving
+        begin = self.carry + self.held
+        gathered = begin + self.moving
         drawn = torch.empty(0, dtype=torch.int64) if rows is None else rows.to(torch.int64).contiguous()
         made = self._library.advance(
             ctypes.c_int64(steps),
             self._slots,
             self._callback,
-            *_table(range(self.carry, begin), feeds),
+            *_table(range(begin, gathered), feeds),
             ctypes.c_int64(drawn.numel() // max(steps, 1)),
             ctypes.c_void_p(drawn.data_ptr()),
-            *_table(range(begin, begin + len(self._resident)), self._resident),
+            *_table(range(gathered, gathered + len(self._resident)), self._resident),
             *_table(range(first, first + len(kept)), kept),
         )
         if made < steps:
