@@ -28,7 +28,7 @@ from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.minibatch import Minibatch
 from bbvi_conv.program.noise import BLOCK
 from bbvi_conv.program.program import Program
-from bbvi_conv.verdict import is_better, is_done, is_over, is_worse
+from bbvi_conv.verdict import is_better, is_cut_off, is_done, is_over, is_worse
 
 SPARSE = Strata(min_length=100, growth=0.25)
 """Strata of programs whose evaluations are wider than ``WIDE``, or run one by one."""
@@ -434,7 +434,9 @@ class Run:
 
     def _is_done(self, one: FitState) -> bool:
         """The stopping rule; the trend, which costs more than all else in it, only where it could still object."""
-        tol = self.settings.tol
+        tol, last = self.settings.tol, one.checks[-1]
+        if is_cut_off(last) and last.improvement.high is not None:
+            return last.improvement.high < tol
         if self.held_out is not None:
             return is_over(one.checks, {name: found.trend for name, found in self.trends(one).items()}, tol)
         return is_done(one.checks, "undecided", tol) and is_done(one.checks, self.trend(one)[0], tol)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from bbvi_conv.monitor.distance import CUT_OFF
 from bbvi_conv.monitor.intervals import Estimate
 from bbvi_conv.monitor.judge import Check
 from bbvi_conv.monitor.seeds import FAR, Agreement
@@ -103,6 +104,11 @@ def is_worse(improvement: Estimate | None, tolerance: float) -> bool:
     return improvement is not None and improvement.high is not None and improvement.high < -tolerance
 
 
+def is_cut_off(check: Check) -> bool:
+    """Whether no parameter has a gradient any more, so that no step can change anything."""
+    return check.gap.reason == CUT_OFF
+
+
 def overfits(check: Check, tolerance: float) -> bool:
     """Whether since the best window the bound rose on the rows that train, and fell on held-out rows, for sure."""
     return is_worse(check.over_best, tolerance) and is_better(check.training, tolerance)
@@ -150,7 +156,7 @@ def is_done(checks: Sequence[Check], trend: Trend, tolerance: float) -> bool:
 
     With a remaining gap: its whole interval lies under the tolerance and the paired improvement is not significantly
     above it. Without one: no window of the last three doublings improved by the tolerance, intervals included, and the
-    squared gradient norm has not stalled above zero.
+    squared gradient norm has not stalled above zero. Where all parameters are cut off nothing is done.
     """
     if not checks:
         return False
@@ -158,6 +164,8 @@ def is_done(checks: Sequence[Check], trend: Trend, tolerance: float) -> bool:
     if last.gap.high is not None:
         compared = last.improvement.value is not None and not is_better(last.improvement, tolerance)
         return last.gap.high < tolerance and compared
+    if is_cut_off(last):
+        return False
     recent = checks[-DOUBLINGS:]
     quiet = [c.improvement.high is not None and c.improvement.high < tolerance for c in recent]
     return len(recent) == DOUBLINGS and all(quiet) and trend != "plateau"
@@ -182,6 +190,9 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
         evidence = _apart(evidence)
         if overfits(last, tolerance):
             return Verdict("stalled", (*reasons, *_stopped(evidence)))
+    if is_cut_off(last):
+        advice = "start elsewhere, with smaller steps, or bound by what keeps a gradient, as softplus or a sigmoid does"
+        return Verdict("stalled", (*reasons, advice, *_stopped(evidence)))
     if is_done(evidence.checks, evidence.trend, tolerance) and not is_worse(last.over_best, tolerance):
         bad = khat.value is not None and khat_threshold is not None and khat.value > khat_threshold
         if bad:

@@ -117,6 +117,19 @@ def test_a_constant_step_is_stalled_and_its_tail_average_is_not(optimiser: Any) 
     assert tail.verdict.outcome == "converged"
 
 
+def test_parameters_that_are_cut_off_have_not_arrived() -> None:
+    """Steps so large that a clip swallows the guide's parameters: the gap is zero for want of any gradient."""
+
+    def clipped(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(x.shape[1], dtype=x.dtype))
+        pyro.sample("z", dist.Normal(5.0 * loc.clamp(-1.0, 1.0), 0.2).to_event(1))
+
+    fit = bc.fit(normal_mean, clipped, (9.0 + rows(),), optimiser=bc.SGD(bc.Constant(1.0)), **QUICK)
+    assert fit.verdict.outcome == "stalled"
+    assert fit.state.step == 200  # two windows show that nothing moves
+    assert "cut all parameters off" in fit.verdict.reasons[0]
+
+
 def test_a_run_cut_short_is_slow() -> None:
     fit = bc.fit(normal_mean, args=(rows(),), optimiser=bc.Adam(bc.Constant(1e-3)), max_steps=400, **QUICK)
     assert fit.verdict.outcome == "slow"

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 
+from bbvi_conv.monitor.distance import CUT_OFF
 from bbvi_conv.monitor.intervals import Estimate, unavailable
 from bbvi_conv.monitor.judge import Check
 from bbvi_conv.monitor.trend import Trend
@@ -14,6 +15,7 @@ from bbvi_conv.verdict import DOUBLINGS, OUTCOMES, Evidence, Outcome, Verdict, d
 
 TOL = 0.01
 NONE = unavailable("the Hessian of the loss is not positive definite here")
+CUT = unavailable(CUT_OFF)
 FIRST = unavailable("needs two windows of steps: run more steps")
 ZERO, TINY, FAR = Estimate(0.0, -0.001, 0.001), Estimate(0.002, 0.0, 0.005), Estimate(1.0, 0.8, 1.3)
 WIDE = Estimate(0.002, 0.0, 0.02)
@@ -62,6 +64,9 @@ TABLE: list[tuple[str, Evidence, Estimate, Outcome]] = [
     ("the same, flat", evidence((FAR, FIRST), (WIDE, ZERO), trend="plateau"), GOOD, "undecided"),
     ("no gap, two quiet windows", evidence((NONE, FIRST), *[(NONE, ZERO)] * 2), GOOD, "undecided"),
     ("no gap, windows too vague", evidence((NONE, FIRST), *[(NONE, VAGUE)] * 3), GOOD, "undecided"),
+    ("cut off, nothing gained", evidence((FAR, FIRST), *[(CUT, ZERO)] * 3), GOOD, "stalled"),
+    ("cut off from the start", evidence((CUT, FIRST)), GOOD, "stalled"),
+    ("cut off once, and moving again", evidence((CUT, FIRST), (FAR, GAIN)), GOOD, "slow"),
     ("no check", evidence(), GOOD, "undecided"),
     ("not finite", evidence((TINY, FIRST), (TINY, ZERO), failure="step 7: site 'z'"), GOOD, "diverged"),
 ]
@@ -100,6 +105,9 @@ def test_reasons_carry_numbers_thresholds_and_advice() -> None:
     missing = decide(evidence((NONE, FIRST)), TOL, GOOD, 0.7)
     assert NONE.reason in missing.reasons[0]
     assert FIRST.reason in missing.reasons[1]
+    cut = decide(evidence((FAR, FIRST), (CUT, ZERO)), TOL, GOOD, 0.7)
+    assert "every gradient is exactly zero" in cut.reasons[0]
+    assert "start elsewhere, with smaller steps" in cut.reasons[-1]
     wandering = decide(evidence((FAR, FIRST), (FAR, LOSS), (FAR, GAIN)), TOL, GOOD, 0.7)
     assert any("the bound fell by 0.5 nats" in reason for reason in wandering.reasons)
 

@@ -26,7 +26,18 @@ PRODUCTS = 50
 RESIDUAL = 0.05
 """Relative residual at which the conjugate-gradient solution is accepted."""
 
+CUT_OFF = (
+    "every gradient is exactly zero though the loss depends on the draw: a saturated or clipped layer has cut all "
+    "parameters off"
+)
+"""Why there is no distance where nothing can move any more, which is not the same as to have arrived."""
+
 Product = Callable[[Tensor], Tensor]
+
+
+def rounding_error(size: Tensor, dtype: torch.dtype) -> float:
+    """What rounding alone can make of the difference of two log densities of this size."""
+    return 64.0 * torch.finfo(dtype).eps * max(1.0, float(size.abs().max()))
 
 
 def half_norm(gradients: Tensor, matrix: Tensor, name: str, *, level: float = 0.95) -> Estimate:

@@ -13,7 +13,16 @@ from torch import Tensor
 from bbvi_conv.engine.calculus import CHUNK, Calculus
 from bbvi_conv.engine.streams import Feed, Stream, feed_of_all
 from bbvi_conv.monitor.control import Control, fit_control, pilot_draws
-from bbvi_conv.monitor.distance import DENSE, PRODUCTS, half_norm, half_norm_by_products, paired_improvement, scaled
+from bbvi_conv.monitor.distance import (
+    CUT_OFF,
+    DENSE,
+    PRODUCTS,
+    half_norm,
+    half_norm_by_products,
+    paired_improvement,
+    rounding_error,
+    scaled,
+)
 from bbvi_conv.monitor.gradient_norm import gram_matrix, trace_of_covariance
 from bbvi_conv.monitor.intervals import Estimate, unavailable
 from bbvi_conv.objectives.objective import Objective
@@ -298,8 +307,9 @@ class Judge:
         grads, _ = self.cheap.gradients(x, feed)
         active = torch.nonzero((grads != 0).any(0)).squeeze(-1)
         if len(active) == 0:
-            zero = Estimate(0.0, 0.0, 0.0, "every gradient is exactly zero")
-            return zero, zero
+            still = Estimate(0.0, 0.0, 0.0, "every gradient is exactly zero")
+            none = unavailable(CUT_OFF) if self._varies(x, feed) else still
+            return none, none
         slices = program.groups
         variational = active[(active >= slices["phi"].start)]
         grads = grads if control is None else control.quiet(grads, feed.noise)
@@ -318,6 +328,12 @@ class Judge:
             result = gap()
         name = "the Fisher information of q (as estimated from few draws)"
         return scaled(_half_norm(grads[:, variational], fisher, name), factor), result
+
+    def _varies(self, x: Tensor, feed: Feed) -> bool:
+        """Whether the loss of the same rows differs from draw to draw."""
+        rows = None if feed.rows is None else feed.rows[:1].expand_as(feed.rows)
+        losses = self.cheap.losses(x, feed._replace(rows=rows))
+        return float(losses.max() - losses.min()) > rounding_error(losses, losses.dtype)
 
     def _control(self, x: Tensor, keys: _Keys) -> Control | None:
         """Control variate for the gradients at ``x``, fitted on draws of its own; only where draws are cheap."""

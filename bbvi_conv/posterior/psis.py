@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bbvi_conv.monitor.distance import rounding_error
 from bbvi_conv.monitor.intervals import Estimate, unavailable
 from bbvi_conv.posterior.draws import STREAM, Mapped, draw, local, row_step
 from bbvi_conv.posterior.export import installed
@@ -108,11 +109,6 @@ def _equal(log_w: NDArray[np.float64], rounding: float) -> bool:
     return float(log_w.max() - log_w.min()) <= rounding
 
 
-def _rounding(size: Tensor, dtype: torch.dtype) -> float:
-    """What rounding alone can make of the difference of two log densities of this size."""
-    return 64.0 * torch.finfo(dtype).eps * max(1.0, float(size.abs().max()))
-
-
 def _joint(log_w: NDArray[np.float64], rounding: float) -> Estimate:
     bad = int((np.isnan(log_w) | (log_w == np.inf)).sum())
     if bad:
@@ -156,7 +152,7 @@ def _joint_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[
         return (
             "the subsampled plate holds a factor, scale or mask, so the whole joint density is not known from its parts"
         )
-    return _numpy(draws.log_p - draws.log_q), _rounding(draws.log_p, program.dtype)
+    return _numpy(draws.log_p - draws.log_q), rounding_error(draws.log_p, program.dtype)
 
 
 def _unit_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[NDArray[np.float64], float]:
@@ -191,7 +187,7 @@ def _unit_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[N
             out = mapped(list(noise), fixed)
         columns.append(out["log_w"])
         sizes.append(out["size"])
-    return _numpy(torch.cat(columns, 1)[:, :MAX_UNITS]), _rounding(torch.cat(sizes), program.dtype)
+    return _numpy(torch.cat(columns, 1)[:, :MAX_UNITS]), rounding_error(torch.cat(sizes), program.dtype)
 
 
 def _numpy(values: Tensor) -> NDArray[Any]:

@@ -20,6 +20,7 @@ from bbvi_conv.monitor.gradient_norm import squared_norm, total_gram
 from bbvi_conv.monitor.intervals import Estimate
 from bbvi_conv.monitor.judge import Judge, quietest
 from bbvi_conv.objectives import ELBO
+from bbvi_conv.program import Minibatch
 from bbvi_conv.program.build import build
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.trace import TracedLogWeights
@@ -342,3 +343,37 @@ def test_matrices_and_gradients_come_from_independent_draws(monkeypatch: pytest.
     assert abs(value) < 4 * stderr
     covered = sum(g.low == 0.0 for g in gaps)
     assert covered >= 40 * 0.95 - 4 * math.sqrt(40 * 0.95 * 0.05)
+
+
+def flat(x: Tensor) -> None:
+    """z ~ N(0, 1); data that do not depend on it."""
+    pyro.sample("z", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0), obs=x)
+
+
+def unmoved(reach: float, scale: float) -> Callable[[Tensor], None]:
+    """q = N(reach, scale), whatever its parameter is: it lies beyond a clip."""
+
+    def guide(x: Tensor) -> None:
+        beyond = pyro.param("beyond", torch.tensor(3.0, dtype=x.dtype))
+        pyro.sample("z", dist.Normal(beyond.clamp(-1.0, 1.0) * reach, scale))
+
+    return guide
+
+
+@pytest.mark.parametrize(
+    ("guide", "cut"), [(unmoved(2.0, 1.0), True), (unmoved(0.0, 0.5), True), (unmoved(0.0, 1.0), False)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_any_gradient_a_loss_that_varies_from_draw_to_draw_is_cut_off(
+    guide: Callable[[Tensor], None], cut: bool, dtype: torch.dtype
+) -> None:
+    """The last guide is the posterior: its loss varies over rows, and not from draw to draw."""
+    x = torch.linspace(-2, 5, 40, dtype=dtype)
+    program = build(flat, guide, (x,), minibatch=Minibatch(5, plate="data"), dtype=dtype)
+    check = Judge(calculus(program), seed=0).check(500, program.initial(), None)
+    for found in (check.gap, check.natural):
+        assert found.available is not cut
+        assert ("cut all parameters off" in found.reason) is cut
+        assert found.value == (None if cut else 0.0)
