@@ -120,6 +120,8 @@ def bound(fit: Fit) -> Figure:
         axis.set_xlabel("optimiser step")
         axis.ticklabel_format(axis="y", useOffset=False)
     axes[0].set_xscale("log")
+    axes[1].locator_params(axis="x", nbins=5)
+    axes[1].xaxis.set_major_formatter("{x:,.0f}")
     axes[0].set_ylabel(f"bound, nats{_per(fit)}")
     _legend_below(figure, axes[1])
     figure.suptitle(f"Bound: {type(fit.settings.bound()).__name__}")
