@@ -15,7 +15,7 @@ from bbvi_conv.program.trace import Untraceable, over_draws, to_graph
 
 REPAYS = 5_000_000_000
 """Numbers that all evaluations together compute, from which convolutions are compiled. Each costs 0.4 ns less on two
-threads of an AMD EPYC, 0.7 on one: 2 to 3.5 s, for 6 to 10 s of compiling that later calls and runs find done."""
+threads of an AMD EPYC, 0.7 on one: 2 to 3.5 s, for 5 to 12 s of compiling that later calls and runs find done."""
 
 
 class CompiledMap:
@@ -57,7 +57,10 @@ class CompiledMap:
         parts = [[t[begin : begin + size] for t in moving] for begin in range(0, steps, size)]
         runs = [_run(loop, held, part) for loop, part in zip(self._loops, parts, strict=False)]
         found = [list(run) for run in runs] if self._workers is None else self._workers.exhaust(runs)
-        results = [torch.cat(pieces) for pieces in zip(*(made for (made,) in found), strict=True)]
+        results = [
+            pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            for pieces in zip(*(made for (made,) in found), strict=True)
+        ]
         return tuple(r.flatten(0, 1)[:count] if self.lanes > 1 else r for r in results)
 
 
@@ -76,7 +79,7 @@ def compiled_where_it_pays(
 ) -> CompiledMap | None:
     """The graph compiled, or None: so many evaluations do not repay it, or it cannot be done.
 
-    Products of matrices take as long by torch's own operations; convolutions and what lies between them do not.
+    Products of matrices gain little over torch's own operations, convolutions and what lies between them much.
     """
     convolves = any(node.target in CONVOLUTIONS for node in graph.graph.nodes)
     on_cpu = all(t.device.type == "cpu" for t in example)

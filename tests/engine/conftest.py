@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from bbvi_conv.families import FullRank, MeanField
 from bbvi_conv.objectives import ELBO
@@ -23,3 +26,12 @@ def small(shipped, request: pytest.FixtureRequest) -> tuple[Program, ELBO]:
     file, name, family, objective = request.param
     module = shipped(file)
     return build(getattr(module, name), None, module.data(), family=family), objective
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Torch has two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -125,14 +125,6 @@ def test_seeds_in_turn_are_the_runs_of_one_seed_to_the_last_bit(images: Program)
         assert torch.equal(losses[:, seed], expected)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_seeds_on_two_threads_are_the_runs_of_one_seed_on_one(images: Program, two_threads: None) -> None:
     """Three seeds on two threads, so that a block is run in parts; with products by torch, whose threads count."""
     three = make_engine("compiled", images, ELBO(), RULE, num_seeds=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ def evaluation(image: Tensor, weight: Tensor, row: Tensor, bias: Tensor, empty: 
     """A convolution of an image, and a number; a part that is the same for all; an input without numbers."""
     made = nn.functional.conv2d(image, weight.exp(), bias, padding=1).tanh()
     return made, (made.sum(0) * row).mean() + empty.sum()
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(count: int) -> list[Tensor]:
