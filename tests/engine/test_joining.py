@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bbvi_conv.engine.native import NativeLoop, joining, products
+from bbvi_conv.engine.native import NativeLoop, blocks, joining, routines
 from bbvi_conv.program.trace import to_graph
 
 SIZES = [(50, 300), (50, 400), (300,), (400,)]
@@ -38,20 +38,28 @@ def repeated(x: Tensor, g: Tensor, a: Tensor, _: Tensor) -> tuple[Tensor, ...]:
     return (torch.cat([(x.T @ g).reshape(-1), a[:1].expand(300)]),)
 
 
-@pytest.mark.parametrize("written", [False, True])
+def made_by(maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch make the products, or generated code."""
+    if maker == "blocks" and not blocks.available():
+        pytest.skip("needs a processor with AVX-512, and torch's oneDNN")
+    if maker == "routines" and not routines.available():
+        pytest.skip("needs MKL")
+    monkeypatch.setattr(blocks, "faster", lambda: maker == "blocks")
+    monkeypatch.setattr(routines, "available", lambda: maker == "routines")
+
+
+@pytest.mark.parametrize("maker", ["torch", "blocks", "routines"])
 @pytest.mark.parametrize(("function", "joined"), [(gradients, 1), (read_twice, 0), (of_large_sums, 0), (repeated, 1)])
 def test_vectors_are_those_of_torch(
     function: Callable[..., tuple[Tensor, ...]],
     joined: int,
-    written: bool,
+    maker: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At every step, whether torch makes the products or generated code does."""
-    if written and not products.available():
-        pytest.skip("needs a processor with AVX-512, and torch's oneDNN")
+    made_by(maker, monkeypatch)
     monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(products, "faster", lambda: written)
     marked: list[int] = []
     mark = joining.mark
 
@@ -75,7 +83,7 @@ def test_vectors_are_those_of_torch(
 def test_a_large_part_is_made_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both products write to the vector, one after the other and past the sums between them."""
     monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(products, "faster", lambda: False)
+    made_by("torch", monkeypatch)
     given = [torch.randn(size) for size in SIZES]
     loop = NativeLoop(to_graph(gradients, *given), given, 0, len(SIZES))
     loop.load()

@@ -9,10 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from bbvi_conv.engine.native import NativeLoop, products
+from bbvi_conv.engine.native import NativeLoop, blocks, routines
 from bbvi_conv.program.trace import to_graph
 
-RUNS = pytest.mark.skipif(not products.available(), reason="needs a processor with AVX-512, and torch's oneDNN")
+MAKERS = {"blocks": blocks.available, "routines": routines.available}
+
+
+@pytest.fixture(params=MAKERS)
+def maker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who makes the products, whatever the processor; in a cache of their own."""
+    if not MAKERS[request.param]():
+        pytest.skip("needs a processor with AVX-512, and torch's oneDNN" if request.param == "blocks" else "needs MKL")
+    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(blocks, "faster", lambda: request.param == "blocks")
+    return str(request.param)
+
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -70,12 +81,9 @@ def every(*given: Tensor) -> tuple[Tensor, ...]:
     return tuple(value for function, sizes in CASES for value in function(*(next(rest) for _ in sizes)))
 
 
-@RUNS
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_products_are_those_of_torch(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_those_of_torch(threads: int, maker: str) -> None:
     """Within rounding of the product in float64, by no call of torch's, at every step of a loop."""
-    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(products, "faster", lambda: True)
     gen = torch.Generator().manual_seed(0)
     steps = [[torch.randn(size, generator=gen) for _, sizes in CASES for size in sizes] for _ in range(2)]
     loop = NativeLoop(to_graph(every, *steps[0]), steps[0], 0, len(steps[0]), threads=threads)
@@ -87,11 +95,23 @@ def test_products_are_those_of_torch(threads: int, tmp_path: Path, monkeypatch: 
             torch.testing.assert_close(values[step].double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@RUNS
-def test_products_of_other_numbers_stay_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_products_of_other_numbers(dtype: torch.dtype, maker: str) -> None:
+    """MKL's routines know float64 as well, and nobody but torch bfloat16."""
+    given = [torch.randn(64, 64).to(dtype) for _ in range(2)]
+    loop = NativeLoop(to_graph(plain, *given), given, 0, 2)
+    loop.load()
+    known = dtype is torch.float64 and routines.available()
+    assert [call.target for call in loop._plan.calls()] == ([] if known else ["aten.mm.out"])
+    _, (made,) = loop([], [t[None] for t in given], 1)
+    torch.testing.assert_close(made[0], given[0] @ given[1])
+
+
+def test_without_mkl_they_stay_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(products, "faster", lambda: True)
-    given = [torch.randn(64, 64, dtype=torch.float64) for _ in range(2)]
+    monkeypatch.setattr(blocks, "faster", lambda: False)
+    monkeypatch.setattr(routines, "available", lambda: False)
+    given = [torch.randn(64, 64) for _ in range(2)]
     loop = NativeLoop(to_graph(plain, *given), given, 0, 2)
     loop.load()
     assert [call.target for call in loop._plan.calls()] == ["aten.mm.out"]
@@ -100,9 +120,9 @@ def test_products_of_other_numbers_stay_calls(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("runs", [False, True])
-@pytest.mark.parametrize(("maker", "amd"), [("GenuineIntel", False), ("AuthenticAMD", True)])
-def test_which_processors_they_are_for(maker: str, amd: bool, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("vendor", "amd"), [("GenuineIntel", False), ("AuthenticAMD", True)])
+def test_which_processors_blocks_are_for(vendor: str, amd: bool, runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those whose maker is AMD, and of these those that can run them."""
-    monkeypatch.setattr(products, "available", lambda: runs)
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor : 0\nvendor_id\t: {maker}\n")
-    assert products.faster.__wrapped__() == (runs and amd)
+    monkeypatch.setattr(blocks, "available", lambda: runs)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor : 0\nvendor_id\t: {vendor}\n")
+    assert blocks.faster.__wrapped__() == (runs and amd)

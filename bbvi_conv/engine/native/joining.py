@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from bbvi_conv.engine.native import sparse
 from bbvi_conv.engine.native.plan import Call, Copy, Instruction, Place, View, places
 from bbvi_conv.engine.native.products import CALLS
 from bbvi_conv.engine.native.recording import Pending, Recorder
@@ -23,7 +24,7 @@ LARGE = 2**16
 
 _aten: Any = torch.ops.aten
 _SHAPES = (_aten.view.default, _aten.permute.default, _aten.reshape.default, _aten._unsafe_view.default)
-_PRODUCTS = (_aten.mm.default, _aten.addmm.default)
+_PRODUCTS = (_aten.mm.default, _aten.addmm.default, torch.ops.bbvi_conv.sparse_product.default)
 
 
 @torch.library.custom_op("bbvi_conv::joined", mutates_args=())
@@ -94,7 +95,7 @@ def _maker(part: View, made: Sequence[Instruction | Pending], recorder: Recorder
     """The product that was the last to touch the memory of a part, if it wrote the part and no more."""
     last = next((i for i in reversed(range(len(made))) if part.place.slot in _slots(made[i], recorder)), None)
     step = None if last is None else made[last]
-    if not isinstance(step, Call) or step.target not in CALLS:
+    if not isinstance(step, Call) or step.target not in (*CALLS, sparse.TARGET):
         return None
     out: View = step.kwargs["out"]
     rows, columns = out.size

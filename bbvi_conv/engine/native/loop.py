@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Sequence
 from copy import copy
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from bbvi_conv import __version__
+from bbvi_conv.engine.native import sparse
 from bbvi_conv.engine.native.library import is_cached, library, name_of
 from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views, views
 from bbvi_conv.program.graphs import lift, results
@@ -64,12 +66,22 @@ class NativeLoop:
         self._resident = [data.contiguous() for data in resident]
         self._changing = changing = carry + held + moving + len(resident)
         lifted, constants = lift(graph)
+        fixed_data = dict(enumerate((*example[changing:], *constants), changing))
+        sparse.mark(lifted, {**self._drawn(example), **fixed_data})
         fixed = [_whole(t) for t in (*example[changing:], *constants)]
         self._example = [*(torch.empty(t.shape, dtype=t.dtype) for t in example[:changing]), *fixed]
         self._graph = lifted
         self.results = results(graph)[carry:]
         shapes = "; ".join(f"{t.dtype} {tuple(t.shape)} {t.stride()}" for t in self._example)
         self.name = name_of(f"{lifted.code}\n{shapes}\n{carry} {threads}", __version__)
+
+    def _drawn(self, example: Sequence[Tensor]) -> dict[int, Tensor]:
+        """What rows of the resident data look like, by the number of their input: some from everywhere in them."""
+        first = self.carry + self.held + self.moving
+        return {
+            first + i: data[torch.linspace(0, len(data) - 1, len(example[first + i])).long()]
+            for i, data in enumerate(self._resident)
+        }
 
     @property
     def cached(self) -> bool:
@@ -102,6 +114,7 @@ class NativeLoop:
         kept = len(self._memory) - plan.taken
         self._calls = [_Bound(call, self._memory, self._slots, kept) for call in plan.calls()]
         self._error: BaseException | None = None
+        self._last: list[tuple[ref[Tensor], int]] = []
         self._callback = _CALL(self._call)
 
     def _lower(self) -> Plan:
@@ -141,8 +154,9 @@ class NativeLoop:
         Returns:
             The carry, and the other results, each ``(steps, ...)``.
         """
-        for slot, value in zip(self._example, given, strict=False):
-            slot.copy_(value)
+        for slot, value, last in zip(self._example, given, self._returned(len(given)), strict=False):
+            if last is None or last[0]() is not value or last[1] != value._version:
+                slot.copy_(value)
         feeds = [m.contiguous() for m in moving]
         kept = [torch.empty((steps, *meta.shape), dtype=meta.dtype) for meta in self.results]
         first = len(self._example)
@@ -162,7 +176,14 @@ class NativeLoop:
         if made < steps:
             error, self._error = self._error, None
             raise error if error is not None else RuntimeError("the compiled loop stopped early")
-        return [slot.clone() for slot in self._example[: self.carry]], kept
+        carry = [slot.clone() for slot in self._example[: self.carry]]
+        self._last = [(ref(value), value._version) for value in carry]
+        return carry, kept
+
+    def _returned(self, count: int) -> list[tuple[ref[Tensor], int] | None]:
+        """What the last call returned, and is in its place still; from now on not any more."""
+        last, self._last = self._last, []
+        return [*last, *(None for _ in range(count - len(last)))]
 
 
 def _table(slots: range, tensors: Sequence[Tensor]) -> tuple[Any, ...]:

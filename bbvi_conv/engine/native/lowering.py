@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bbvi_conv.engine.native import joining, products
+from bbvi_conv.engine.native import joining, products, sparse
 from bbvi_conv.engine.native.hazards import overwritten_too_soon
 from bbvi_conv.engine.native.inductor import (
     DebugContext,
@@ -170,10 +170,9 @@ class _Lowering:
             copies = [_copy(place(new), place(old), old, "") for new, old in zip(apart, own, strict=True)]
         self.sources += sources
         made = joining.settled(made, self.recorder)
-        if products.faster():
-            with self.mode:
-                made, more = products.written(made, self.recorder, self.threads, f"k{self._graphs}_")
-            self.sources += [products.HELPERS, *more] if more and products.HELPERS not in self.sources else more
+        with self.mode:
+            made, more = products.written(made, self.recorder, self.threads, f"k{self._graphs}_")
+        self.sources += [text for text in more if text not in self.sources]
         return [*(i for part in made for i in (self._scan(part) if isinstance(part, Pending) else [part])), *copies]
 
     def _written(
@@ -200,6 +199,7 @@ class _Lowering:
         self.recorder.code = []
         with self.mode:
             sources = record(code, everything, self.recorder, f"k{self._graphs}_")
+        self.recorder.code = sparse.given_place(self.recorder.code)
         self._graphs += 1
         return self.recorder.code, sources
 

@@ -1,0 +1,98 @@
+"""Matrices in memory and their products, as the generators of code for them see them."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bbvi_conv.engine.native.plan import View
+
+HELPERS = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+
+// Where the i-th of `count` even parts of n begins, in whole units.
+static inline int64_t part(int64_t n, int64_t count, int64_t i, int64_t unit) {
+    return i == count ? n : n * i / count / unit * unit;
+}
+
+// to = from transposed; `ld` and `step` are numbers from one row to the next.
+static inline void turn(const float* from, int64_t ld, float* to, int64_t step, int64_t rows, int64_t columns) {
+    if (rows > 0 && columns > 0) at::vec::transpose_mxn<float>(from, ld, to, step, rows, columns);
+}
+"""
+"""C++ text that several kernels need, once."""
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory; ``step`` numbers from one row to the next, or from one column to the next."""
+
+    view: View
+    rows: int
+    columns: int
+    step: int
+    by_rows: bool
+
+    @staticmethod
+    def of(view: View) -> Matrix | None:
+        """The matrix, if it lies by rows or by columns."""
+        (rows, columns), (down, across) = view.size, view.stride
+        if across == 1 and down >= columns:
+            return Matrix(view, rows, columns, down, by_rows=True)
+        if down == 1 and across >= rows:
+            return Matrix(view, rows, columns, across, by_rows=False)
+        return None
+
+    @property
+    def turned(self) -> Matrix:
+        """Its transpose, in the same memory."""
+        return self._replace(rows=self.columns, columns=self.rows, by_rows=not self.by_rows)
+
+    @property
+    def moves(self) -> int:
+        """Numbers to be moved where it is wanted by rows."""
+        return 0 if self.by_rows else self.rows * self.columns
+
+
+class Product(NamedTuple):
+    """``c = a b``, plus a bias of each column of it, or of each row."""
+
+    a: Matrix
+    b: Matrix
+    c: Matrix
+    bias: View | None
+    of_rows: bool = False
+
+    @property
+    def turned(self) -> Product:
+        """The same by transposes."""
+        return Product(self.b.turned, self.a.turned, self.c.turned, self.bias, not self.of_rows)
+
+    @property
+    def moves(self) -> int:
+        """Numbers to be moved so that all is by rows."""
+        return self.a.moves + self.b.moves + self.c.moves
+
+
+def part(count: int, unit: int) -> tuple[str, str]:
+    """Where a thread's part of so many begins and ends."""
+    return f"part({count}, count, t, {unit})", f"part({count}, count, t + 1, {unit})"
+
+
+def turned(letter: str, matrix: Matrix, own: str) -> str:
+    """A thread's part of turning a matrix that lies by columns."""
+    begin, end = part(matrix.columns, 16)
+    to = f"{own} + {begin}, {matrix.columns}"
+    return f"turn({letter} + {begin} * {matrix.step}, {matrix.step}, {to}, {end} - {begin}, {matrix.rows});"
+
+
+@cache
+def exported(name: str) -> bool:
+    """Whether torch's library offers a function of that name to generated code."""
+    try:
+        return hasattr(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), name)
+    except OSError:
+        return False
