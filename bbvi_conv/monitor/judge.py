@@ -35,6 +35,8 @@ GRADIENT_COST = 20_000_000
 """Draws times width that the gradients or losses of a check may cost; at least 32 draws are made."""
 MATRIX_COST = 50_000_000
 """Products times draws times width that a curvature matrix may cost."""
+ROUGH_COST = 2_000_000
+"""The same, from which a matrix on which nothing hangs is formed from fewer draws."""
 WIDE = 20_000
 """Width beyond which each evaluation is dear: looks are sparser, and curvature is asked for only when it can decide."""
 
@@ -53,6 +55,7 @@ class Effort(NamedTuple):
         first, most: draws to begin with, and at most.
         dense: whether the matrix is formed; otherwise it is known by products.
         matrix: draws its mean is over, spread evenly: 128 of them do about what 1,024 independent ones would.
+        rough: as many where the window still improves the bound, so that nothing hangs on the matrix.
         dear: whether curvature waits until a window no longer improves the bound.
     """
 
@@ -60,6 +63,7 @@ class Effort(NamedTuple):
     most: int
     dense: bool
     matrix: int
+    rough: int
     dear: bool
 
 
@@ -68,14 +72,15 @@ def effort(size: int, wide: int, *, vectorised: bool) -> Effort:
 
     Example:
         >>> effort(65, 120, vectorised=True)
-        Effort(first=256, most=4096, dense=True, matrix=128, dear=False)
+        Effort(first=256, most=4096, dense=True, matrix=128, rough=128, dear=False)
     """
     afford = max(32, GRADIENT_COST // wide)
     first, most = (FIRST_DRAWS, MOST_DRAWS) if vectorised else (FIRST_DRAWS // 4, MOST_DRAWS // 16)
     dense = size <= DENSE and size * 64 * wide <= MATRIX_COST
     columns, least, top = (size, 64, 128 if vectorised else 64) if dense else (2 * PRODUCTS, 16, 256)
     matrix = max(least, min(top, MATRIX_COST // (columns * wide)))
-    return Effort(min(first, afford), min(most, afford), dense, matrix, wide > WIDE)
+    rough = matrix // 4 if dense and columns * matrix * wide > ROUGH_COST else matrix
+    return Effort(min(first, afford), min(most, afford), dense, matrix, rough, wide > WIDE)
 
 
 UNSEEN = "monitor held out"
@@ -274,10 +279,11 @@ class Judge:
         if size == 0:
             none = unavailable("there are no parameters to optimise")
             return Check(step, none, none, improvement, bound)
-        if self._effort(self.cheap, size).dear and (improvement.low is None or improvement.low > self.tolerance):
+        improves = improvement.low is None or improvement.low > self.tolerance
+        if improves and self._effort(self.cheap, size).dear:
             waits = unavailable("a program this wide is only asked for it once a window no longer improves the bound")
             return Check(step, waits, waits, improvement, bound)
-        natural, gap = self._distances(x, keys)
+        natural, gap = self._distances(x, keys, rough=improves)
         return Check(step, gap, natural, improvement, bound)
 
     def _effort(self, calculus: Calculus, size: int) -> Effort:
@@ -299,7 +305,8 @@ class Judge:
                 return losses, improvement
             count = min(4 * count, most)
 
-    def _distances(self, x: Tensor, keys: _Keys) -> tuple[Estimate, Estimate]:
+    def _distances(self, x: Tensor, keys: _Keys, *, rough: bool) -> tuple[Estimate, Estimate]:
+        """Natural-gradient norm and gap; ``rough`` where nothing hangs on them."""
         program, factor = self.calculus.program, self.calculus.normaliser
         spent = self._effort(self.cheap, len(x))
         control = None if spent.dear else self._control(x, keys)
@@ -313,7 +320,7 @@ class Judge:
         slices = program.groups
         variational = active[(active >= slices["phi"].start)]
         grads = grads if control is None else control.quiet(grads, feed.noise)
-        hessian, fisher = self._hessian(x, active, keys), self._fisher(x, variational, keys)
+        hessian, fisher = self._hessian(x, active, keys, rough), self._fisher(x, variational, keys, rough)
 
         def gap() -> Estimate:
             name = "the Hessian of the loss (run on until the parameters are near a minimum)"
@@ -344,15 +351,15 @@ class Judge:
         return fit_control(self.cheap.gradients(x, feed)[0], feed.noise)
 
     def _matrix(
-        self, calculus: Calculus, products: Callable[..., Tensor], x: Tensor, active: Tensor, keys: _Keys
+        self, calculus: Calculus, products: Callable[..., Tensor], x: Tensor, active: Tensor, keys: _Keys, rough: bool
     ) -> Tensor | _Product:
         """A mean curvature matrix on the active coordinates, or its products where forming it would cost too much."""
         spent = self._effort(calculus, len(active))
-        feed = self._feed(calculus, "evaluate", keys.next(), spent.matrix, spread=True)
+        feed = self._feed(calculus, "evaluate", keys.next(), spent.rough if rough else spent.matrix, spread=True)
         known = _Product(lambda vectors: products(x, vectors, feed), x, active)
         return known.dense() if spent.dense else known
 
-    def _hessian(self, x: Tensor, active: Tensor, keys: _Keys) -> Tensor | _Product | str:
+    def _hessian(self, x: Tensor, active: Tensor, keys: _Keys, rough: bool) -> Tensor | _Product | str:
         """The matrix, its products where it is large, or why there is none."""
         program = self.calculus.program
         if program.implicit:
@@ -364,18 +371,18 @@ class Judge:
         if not self.calculus.objective.conservative:
             return "theta and phi follow different bounds: their gradients are not those of one function"
         try:
-            return self._matrix(self.plain, self.plain.hessian_products, x, active, keys)
+            return self._matrix(self.plain, self.plain.hessian_products, x, active, keys, rough)
         except (Untraceable, NotImplementedError, RuntimeError) as error:
             return f"the loss has no second derivative here ({error})"
 
-    def _fisher(self, x: Tensor, active: Tensor, keys: _Keys) -> Tensor | _Product | str:
+    def _fisher(self, x: Tensor, active: Tensor, keys: _Keys, rough: bool) -> Tensor | _Product | str:
         """The matrix, its products where it is large, or why there is none."""
         if not self.cheap.objective.split:
             return self.estimator_note or "the guide's density at a given value is not to be had"
         if len(active) == 0:
             return "there are no variational parameters"
         try:
-            return self._matrix(self.cheap, self.cheap.fisher_products, x, active, keys)
+            return self._matrix(self.cheap, self.cheap.fisher_products, x, active, keys, rough)
         except (Untraceable, NotImplementedError, RuntimeError) as error:
             return f"log q has no second derivative here ({error})"
 
