@@ -39,12 +39,13 @@ BAR = 0.05
 
 @dataclass(frozen=True)
 class Size:
-    """How much work a run does; K is the largest number of draws."""
+    """How much work a run does; ``draws`` is the largest K, ``conv_draws`` that of the convolutional model."""
 
     steps: int
     seeds: int
     batch: int
     draws: int
+    conv_draws: int
     train_images: int
     test_images: int
     test_draws: int
@@ -53,9 +54,9 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(40, 2, 16, 4, 400, 50, 5, (4, 8), 4),
-    "default": Size(3_000, 5, 64, 20, 12_000, 1_000, 50, (16, 32, 64)),
-    "full": Size(100_000, 5, 64, 50, 50_000, 10_000, 200, (32, 64, 128)),
+    "quick": Size(40, 2, 16, 4, 4, 400, 50, 5, (4, 8), 4),
+    "default": Size(3_000, 5, 64, 20, 5, 12_000, 1_000, 10, (16, 32, 64)),
+    "full": Size(100_000, 5, 64, 50, 50, 50_000, 10_000, 200, (32, 64, 128)),
 }
 
 
@@ -86,8 +87,7 @@ DENSE_ADAM = bc.TheoremAdam(0.02, radius=200.0)
 
 def rows(size: Size) -> dict[str, Row]:
     """All rows by name."""
-    elbo, most = bc.ELBO(1), size.draws
-    every = max(1, size.steps // 6)
+    elbo, every = bc.ELBO(1), max(1, size.steps // 6)
 
     def row(group: str, objective: Any = elbo, optimiser: Optimiser = ADAM, batch: int = size.batch, **net: Any) -> Row:
         return Row(group, objective, optimiser, net, batch, strata=CLOSE if group == "optimisers" else None)
@@ -115,18 +115,23 @@ def rows(size: Size) -> dict[str, Row]:
     }
     for beta1 in (0.0, 0.5, 0.99):
         found[f"beta1 {beta1:g}"] = row("beta1", optimiser=_adam(beta1=beta1, beta2=0.9999))
-    bounds: dict[str, Any] = {f"IWAE {draws}": bc.IWAE(draws) for draws in sorted({1, max(2, most // 4), most})}
-    bounds["growing K"] = bc.GrowingParticles(bc.IWAE(1), stop=most, every=every)
-    bounds["Renyi IWAE"] = bc.VRIWAE(most, alpha=0.5)
-    for name, objective in bounds.items():
-        found[name] = row("tighter bounds", objective)
+    for name, objective in tighter_bounds(size.draws, every).items():
         found[f"dense, {name}"] = Row(
             "dense, tighter bounds", objective, DENSE_ADAM, {}, size.batch, "deep_gaussian_vae"
         )
+    for name, objective in tighter_bounds(size.conv_draws, every).items():
+        found[name] = row("tighter bounds", objective)
     for batch in (size.batch // 4, size.batch):
-        for draws in (1, max(2, most // 4)):
+        for draws in (1, max(2, size.draws // 4)):
             found[f"B {batch}, K {draws}"] = row("B and K", bc.IWAE(draws), batch=batch)
     return found
+
+
+def tighter_bounds(most: int, every: int) -> dict[str, Any]:
+    """IWAE over K up to ``most``, K that grows to it every so many steps, and the Renyi bound, by name."""
+    fixed = {f"IWAE {draws}": bc.IWAE(draws) for draws in sorted({1, max(2, most // 4), most})}
+    growing = bc.GrowingParticles(bc.IWAE(1), stop=most, every=every)
+    return {**fixed, "growing K": growing, "Renyi IWAE": bc.VRIWAE(most, alpha=0.5)}
 
 
 def networks(row: Row, size: Size, seed: int) -> Pair:
@@ -272,16 +277,22 @@ def run(
     steps: Annotated[
         int | None, typer.Option(help="of a row, a longer one its multiple; by default the size's", min=1)
     ] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="the largest K of the convolutional model; by default the size's", min=2)
+    ] = None,
     seed: Annotated[int, typer.Option(help="the first one, of starts, rows and noise", min=0)] = 0,
 ) -> None:
     """Train the rows, draw them and write results.json."""
     if data not in ("cifar100", "celeba"):
         raise typer.BadParameter(f"data must be cifar100 or celeba, got {data!r}")
     chosen_size = preset(quick, full)
-    size = SIZES[chosen_size] if steps is None else replace(SIZES[chosen_size], steps=steps)
+    size = SIZES[chosen_size]
+    size = replace(size, steps=steps or size.steps, conv_draws=draws or size.conv_draws)
     known = rows(size)
     chosen = pick(only, {name: row.group for name, row in known.items()})
-    settings = {"preset": chosen_size, "data": data, "seed": seed, **asdict(size), "channels": list(size.channels)}
+    of_rows = ("batch", "draws", "conv_draws")  # a row says its own
+    sizes = {name: value for name, value in asdict(size).items() if name not in of_rows}
+    settings = {"preset": chosen_size, "data": data, "seed": seed, **sizes, "channels": list(size.channels)}
     cells = Cells(out, settings)
     found: dict[str, dict[str, Any]] = {}
     for name in chosen:

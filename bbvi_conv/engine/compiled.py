@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from bbvi_conv.engine.engine import Carry, TracedEngine
+from bbvi_conv.engine.engine import Carry, TracedEngine, side_by_side
 from bbvi_conv.engine.native import NativeLoop
 from bbvi_conv.engine.streams import Feed, Stream
 from bbvi_conv.engine.workers import Workers
@@ -22,17 +22,21 @@ LARGE = 2**15
 MANY = 8
 """Seeds from which products with a wide matrix that they share repay running side by side."""
 
+FILLING = 16
+"""Seeds that fill a vector of the widest kind."""
+
 _aten: Any = torch.ops.aten
 
 _PRODUCTS = {*PRODUCTS, _aten.mv.default, _aten.addmv.default}
+_SHAPES = {_aten.t.default, _aten.permute.default, _aten.transpose.int, _aten.view.default}
 
 
 class CompiledEngine:
     """Runs T steps of a traced engine's graph in one call: no Python, no allocation between them.
 
-    Rows of a minibatch are gathered inside the loop from the resident data. Several seeds run side by side, or where
-    :func:`in_turn` says so one after another, each a block of steps; where torch has several threads, as many seeds at
-    a time, each on one thread.
+    Rows of a minibatch are gathered inside the loop from the resident data. Several seeds run side by side, many of
+    them in a group for each thread; or where :func:`in_turn` says so one after another, each a block of steps, and as
+    many at a time as torch has threads.
 
     Args:
         traced: the engine whose steps these are.
@@ -40,7 +44,7 @@ class CompiledEngine:
 
     Attributes:
         in_turn: whether the seeds run one after another.
-        at_once: how many of them at a time.
+        at_once: how many of them, or how many groups of them, at a time, each on a thread of its own.
 
     Raises:
         CannotCompile, NoCompiler: with the reason.
@@ -52,8 +56,10 @@ class CompiledEngine:
         self.calculus, self.num_seeds, self.reason = traced.calculus, traced.num_seeds, reason
         program = self.calculus.program
         self.in_turn = in_turn(traced)
-        self.at_once = min(torch.get_num_threads(), self.num_seeds) if self.in_turn else 1
-        graph, example, _ = traced.one if self.in_turn else traced.all
+        threads = torch.get_num_threads()
+        self.at_once = min(threads, self.num_seeds) if self.in_turn else _groups(self.num_seeds, threads)
+        self._group = 1 if self.in_turn else self.num_seeds // self.at_once
+        graph, example, _ = traced.one if self._group == 1 else side_by_side(traced.one, self._group)
         self._gathers = program.minibatch is not None and not program.by_index
         self._loop = NativeLoop(
             graph,
@@ -83,7 +89,7 @@ class CompiledEngine:
         """Run the loop once per block of noise, or once per block and seed."""
         losses = []
         for feed in stream.steps(start, count):
-            if self.in_turn:
+            if self.in_turn or self.at_once > 1:
                 carry, loss = self._seeds(carry, feed)
             else:
                 carry, loss = self._run(carry, feed)
@@ -91,12 +97,21 @@ class CompiledEngine:
         return carry, torch.cat(losses) if losses else carry.x.new_zeros(0, *carry.step.shape)
 
     def _seeds(self, carry: Carry, feed: Feed) -> tuple[Carry, Tensor]:
-        """All seeds over a block; where they do not share out evenly among the threads, in parts of it."""
-        parts = self.at_once if self.num_seeds % self.at_once else 1
-        runs = [self._parts(own, feed.of_seed(s).split(parts)) for s, own in enumerate(carry.unstack())]
+        """All seeds over a block, or all groups; where they do not share out evenly among threads, in parts of it."""
+        places = self._places()
+        parts = self.at_once if len(places) % self.at_once else 1
+        runs = [self._parts(carry.of_seeds(at), feed.of_seeds(at).split(parts)) for at in places]
         made = self._workers.exhaust(runs) if self.at_once > 1 else [list(run) for run in runs]
-        carries = [ran[-1][0] for ran in made]
-        return Carry.stack(carries), torch.stack([torch.cat([loss for _, loss in ran]) for ran in made], 1)
+        ends, losses = [ran[-1][0] for ran in made], [torch.cat([loss for _, loss in ran]) for ran in made]
+        if self.in_turn:
+            return Carry.stack(ends), torch.stack(losses, 1)
+        return Carry.cat(ends), torch.cat(losses, 1)
+
+    def _places(self) -> Sequence[int | slice]:
+        """The seeds of each call: one, or those of a group."""
+        if self.in_turn:
+            return range(self.num_seeds)
+        return [slice(begin, begin + self._group) for begin in range(0, self.num_seeds, self._group)]
 
     def _parts(self, carry: Carry, feeds: Sequence[Feed]) -> Iterator[tuple[Carry, Tensor]]:
         for feed in feeds:
@@ -119,19 +134,37 @@ class CompiledEngine:
 def in_turn(traced: TracedEngine) -> bool:
     """Whether several seeds run faster one after another than side by side.
 
-    Side by side, operations on single numbers fill vectors, and a product with a wide matrix of data that all seeds
-    share becomes one product for all. Products of matrices of a seed's own, and with narrow data, gain nothing: one
-    after another they stay small enough to be written out into the kernel, or find their operands still in the cache.
+    Side by side, operations on single numbers fill vectors, and a product with a matrix of data that all seeds share
+    becomes one product for all: a wide one is worth it from ``MANY`` seeds on, a narrow one where the seeds fill a
+    vector. Products of matrices of a seed's own gain nothing: one after another they find their operands still in the
+    cache.
     """
     if traced.num_seeds == 1:
         return False
     products = [node for node in traced.one.graph.graph.nodes if node.target in _PRODUCTS]
     if not products:
         return not traced.all.vectorised
-    shared = [
-        given.meta["tensor_meta"].shape for p in products for given in p.all_input_nodes if given.op == "get_attr"
-    ]
-    return traced.num_seeds < MANY or all(shape[-1] <= NARROW for shape in shared)
+    shared = [columns for columns in map(_shared, products) if columns]
+    if any(columns > NARROW for columns in shared):
+        return traced.num_seeds < MANY
+    return len(shared) < len(products) or traced.num_seeds < FILLING
+
+
+def _shared(product: Node) -> int:
+    """Columns of the matrix of data in a product, be it turned there or not; 0 where there is none."""
+    for source in product.all_input_nodes:
+        node: Any = source
+        while node.target in _SHAPES:
+            node = node.args[0]
+        if node.op == "get_attr" and len(node.meta["tensor_meta"].shape) == 2:
+            return int(node.meta["tensor_meta"].shape[-1])
+    return 0
+
+
+def _groups(seeds: int, threads: int) -> int:
+    """Groups of seeds, of equal size, that have a thread each: as many as leave enough in a group to fill vectors."""
+    counts = range(min(threads, seeds // FILLING), 1, -1)
+    return next((count for count in counts if seeds % count == 0), 1)
 
 
 def _threads(graph: GraphModule) -> int:

@@ -49,6 +49,15 @@ class Carry(NamedTuple):
             return carries[0]
         return Carry.unflatten([torch.stack(parts) for parts in zip(*(c.flat() for c in carries), strict=True)])
 
+    @staticmethod
+    def cat(carries: Sequence[Carry]) -> Carry:
+        """The carries of groups of seeds as that of all seeds."""
+        return Carry.unflatten([torch.cat(parts) for parts in zip(*(c.flat() for c in carries), strict=True)])
+
+    def of_seeds(self, seed: int | slice) -> Carry:
+        """That of one of S seeds, or of several."""
+        return Carry.unflatten([part[seed] for part in self.flat()])
+
     def unstack(self) -> list[Carry]:
         """The inverse of :meth:`stack`."""
         if self.step.dim() == 0:
@@ -177,7 +186,7 @@ class TracedEngine:
     @cached_property
     def all(self) -> StepGraph:
         """A step of all S seeds, S in front of every tensor; of a single one, :attr:`one`."""
-        return self.one if self.num_seeds == 1 else _of_seeds(self.one, self.num_seeds)
+        return self.one if self.num_seeds == 1 else side_by_side(self.one, self.num_seeds)
 
     def _flat(self, *flat: Tensor) -> tuple[Tensor, ...]:
         carry, rest = Carry.unflatten(list(flat[: self.carried])), flat[self.carried :]
@@ -198,8 +207,8 @@ class TracedEngine:
             return _loop(one, self.calculus, carry, stream, start, count)
 
 
-def _of_seeds(one: StepGraph, count: int) -> StepGraph:
-    """The step of all seeds: by ``vmap``, or where that fails as copies of the one."""
+def side_by_side(one: StepGraph, count: int) -> StepGraph:
+    """A step of so many seeds: by ``vmap``, or where that fails as copies of the one."""
     example = [torch.stack([part] * count) for part in one.example]
     mapped = [True] * len(example)
     try:

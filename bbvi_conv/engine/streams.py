@@ -28,8 +28,8 @@ class Feed(NamedTuple):
         """Whether the batch differs between evaluations."""
         return self.rows is not None or self.args is not None
 
-    def of_seed(self, seed: int) -> Feed:
-        """What the seed of that place sees."""
+    def of_seeds(self, seed: int | slice) -> Feed:
+        """What the seed of that place sees, or several do."""
         rows = None if self.rows is None else self.rows[:, seed]
         return Feed(Noise(*(part[:, seed] for part in self.noise)), rows)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +36,15 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """A cache of the test's own, and the text of the one library compiled there."""
+    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
+
+    def text() -> str:
+        (source,) = (tmp_path / "cache").glob("*/step.cpp")
+        return source.read_text(encoding="utf-8")
+
+    return text

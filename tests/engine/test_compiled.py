@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import bbvi_conv as bc
 from bbvi_conv.engine import Calculus, Carry, Engine, Stream, make_engine, start_carry
-from bbvi_conv.engine.compiled import CompiledEngine, in_turn
+from bbvi_conv.engine.compiled import CompiledEngine, _groups, in_turn
 from bbvi_conv.engine.engine import TracedEngine
 from bbvi_conv.families import MeanField
 from bbvi_conv.objectives import ELBO, IWAE, Objective
@@ -140,15 +140,71 @@ def test_seeds_on_two_threads_are_the_runs_of_one_seed_on_one(images: Program, t
         assert torch.equal(losses[:, seed], expected)
 
 
-@pytest.mark.parametrize(("columns", "seeds", "turns"), [(5, 40, True), (100, 4, True), (100, 40, False)])
-def test_many_seeds_share_one_product_with_wide_data(columns: int, seeds: int, turns: bool) -> None:
-    def linear(x: Tensor) -> None:
-        w = pyro.sample("w", dist.Normal(torch.zeros(columns), 1.0).to_event(1))
-        pyro.sample("y", dist.Normal(x @ w, 1.0).to_event(1), obs=x[:, 0])
+def test_what_a_call_is_given_counts_not_what_the_last_one_left(images: Program) -> None:
+    """A carry that is still in place is not copied again; one that was changed since, or another one, is."""
+    engine, _ = both(images, ELBO())
+    stream = Stream(images, 0, "optimise", 1)
 
-    program = build(linear, None, (torch.randn(20, columns),), family=MeanField(), dtype=torch.float32)
+    def go(carry: Carry) -> Tensor:
+        return engine.advance(carry, stream, 0, 5)[0].x
+
+    start = start_carry(RULE, images.initial())
+    first, _ = engine.advance(start, stream, 0, 5)
+    kept = Carry.unflatten([part.clone() for part in first.flat()])
+    expected = go(kept)
+    engine.advance(start, stream, 0, 5)
+    assert torch.equal(go(first), expected)  # another call came between
+    again, _ = engine.advance(start, stream, 0, 5)
+    again.x.add_(0.1)
+    assert not torch.equal(go(again), expected)
+    assert torch.equal(go(kept), expected)
+    last, _ = engine.advance(start, stream, 0, 5)
+    assert torch.equal(go(last), expected)  # in place
+
+
+def regression(columns: int, hidden: int = 0) -> Program:
+    """Linear regression, or a network with a hidden layer, on twenty rows of data."""
+
+    def model(x: Tensor) -> None:
+        if hidden:
+            w = pyro.sample("w", dist.Normal(torch.zeros(columns, hidden), 1.0).to_event(2))
+            v = pyro.sample("v", dist.Normal(torch.zeros(hidden, 2), 1.0).to_event(2))
+            pyro.sample("y", dist.Normal((x @ w).tanh() @ v, 1.0).to_event(2), obs=x[:, :2])
+        else:
+            w = pyro.sample("w", dist.Normal(torch.zeros(columns), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(x @ w, 1.0).to_event(1), obs=x[:, 0])
+
+    x = torch.randn(20, columns, generator=torch.Generator().manual_seed(0))
+    return build(model, None, (x,), family=MeanField(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("columns", "hidden", "seeds", "turns"),
+    [(5, 0, 15, True), (5, 0, 16, False), (100, 0, 4, True), (100, 0, 8, False), (5, 3, 40, True)],
+)
+def test_many_seeds_share_one_product_with_data(columns: int, hidden: int, seeds: int, turns: bool) -> None:
+    program = regression(columns, hidden)
     calculus = Calculus(program, ELBO(), TracedLogWeights(program), 1.0)
     assert in_turn(TracedEngine(calculus, RULE, "", num_seeds=seeds)) == turns
+
+
+def test_many_seeds_have_a_thread_for_each_group(two_threads: None) -> None:
+    """Two groups of seventeen, with the iterates of the traced steps, over block and chunk boundaries."""
+    program, seeds = regression(5), 34
+    compiled, traced = both(program, ELBO(), seeds=seeds)
+    assert isinstance(compiled, CompiledEngine)
+    assert not compiled.in_turn
+    assert compiled.at_once == 2
+    (ours, losses), (theirs, expected) = (advance(e, ELBO(), 3, 267) for e in (compiled, traced))
+    moved = (theirs.x - program.initial()).norm()
+    assert (ours.x[0] - ours.x[17]).norm() > 0.01
+    assert (ours.x - theirs.x).norm() < 1e-4 * moved
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("seeds", "threads", "groups"), [(32, 2, 2), (31, 2, 1), (33, 2, 1), (64, 3, 2), (48, 8, 3)])
+def test_groups_are_even_and_fill_vectors(seeds: int, threads: int, groups: int) -> None:
+    assert _groups(seeds, threads) == groups
 
 
 def gaussian_process(x: Tensor, y: Tensor) -> None:

@@ -1,8 +1,9 @@
-"""What generated code does not do at every number: divide, whether to find its place or by the same number again."""
+"""What generated code does not do at every number: divide, or gather and compute what it has computed before."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,19 +26,40 @@ def scaled(carry: Tensor, count: Tensor, by: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize(
     ("function", "sizes", "divisions"), [(flat_gradient, [(800,), (20,), (20,)], 0), (scaled, [(33,), (), (33,)], 1)]
 )
-def test_divisions_are_few(function, sizes, divisions: int, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
+def test_divisions_are_few(function, sizes, divisions: int, generated: Callable[[], str]) -> None:
     gen = torch.Generator().manual_seed(0)
     given = [0.1 + torch.rand(size, generator=gen) for size in sizes]
     loop = NativeLoop(to_graph(function, *given), given, 1, 0)
     loop.load()
     (made,), _ = loop(given[:1], [], 1)
     torch.testing.assert_close(made, function(*given)[0])
-    (source,) = (tmp_path / "cache").glob("*/step.cpp")
-    body = source.read_text()
+    body = generated()
     body = body[body.index("static void") : body.index("static int step")]
     assert "div_floor" not in body
     once = body.split("C10_UNLIKELY")[0]  # what is left over when vectors are full is the same again
     one = r"(tmp\d+) = static_cast<(?:float>\(1\.0\)|int32_t>\(1\));"  # of reciprocals; torch 2.11: an int
     ones = re.findall(one, once)
     assert len([above for above in re.findall(r"= (tmp\d+) / tmp\d+;", once) if above not in ones]) == divisions
+
+
+def of_seeds(params: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """32 seeds beside each other: an intercept of each, between its other parameters, meets 500 rows."""
+    return (torch.exp(rows + params[:, 0] * params[:, 1]),)
+
+
+def linear(params: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """A product of rows with numbers that are computed."""
+    return (rows @ params[:, 0].exp(),)
+
+
+@pytest.mark.parametrize(("function", "dear"), [(of_seeds, r"22L\*x0"), (linear, r"exp\(")])
+def test_what_many_numbers_share_is_laid_out_before(function, dear: str, generated: Callable[[], str]) -> None:
+    """Gathered from every 22nd place, or computed, once, and not for each of the rows."""
+    given = [torch.randn(32, 22), torch.randn(500, 32)]
+    loop = NativeLoop(to_graph(function, *given), given, 0, 2)
+    loop.load()
+    _, (made,) = loop([], [t[None] for t in given], 1)
+    torch.testing.assert_close(made[0], function(*given)[0])
+    before, over_rows = generated().split("<static_cast<int64_t>(500L)", 1)
+    assert re.search(dear, before)
+    assert not re.search(dear, over_rows)

@@ -16,6 +16,9 @@ from torch.fx import GraphModule, Interpreter
 
 from bbvi_conv.engine.native.inductor import force_stride_order
 
+REPEATED = 16
+"""Times that an operand of an operation on single numbers is repeated, from which it is settled first."""
+
 _FORWARD, _BACKWARD = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
 
 
@@ -42,6 +45,8 @@ class Ordered(Interpreter):
             return self._forward(*args)
         if target is _BACKWARD and args[0].dim() == 4:
             return self._backward(*args)
+        if torch.Tag.pointwise in getattr(target, "tags", ()):
+            args = _settled_where_spread(args)
         return super().call_function(target, args, kwargs)
 
     def _forward(self, image: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
@@ -75,6 +80,24 @@ class Ordered(Interpreter):
 
     def _lanes(self, image: Tensor) -> int:
         return self._bits // (8 * image.itemsize)
+
+
+def _settled_where_spread(args: Any) -> Any:
+    """Operands that are repeated over a far larger result, computed and laid out before, not anew for every number."""
+    sizes = [value.numel() for value in args if isinstance(value, Tensor)]
+    if len(sizes) < 2:
+        return args
+    few = max(sizes) // REPEATED
+
+    def small(value: Any) -> bool:
+        return isinstance(value, Tensor) and 1 < value.numel() <= few
+
+    return tuple(_in_order(value) if small(value) else value for value in args)
+
+
+def settled(value: Tensor) -> Tensor:
+    """Computed in its own shape: read as a vector, as gradients are, each number would be looked for by division."""
+    return force_stride_order(value, list(value.stride()))  # type: ignore[no-any-return]
 
 
 def _block(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bbvi_conv.engine.native import joining, products, sparse
+from bbvi_conv.engine.native import functions, joining, products, sparse
 from bbvi_conv.engine.native.hazards import overwritten_too_soon
 from bbvi_conv.engine.native.inductor import (
     DebugContext,
@@ -26,12 +26,11 @@ from bbvi_conv.engine.native.inductor import (
     TracingContext,
     V,
     config,
-    force_stride_order,
     fx_graph_cse,
     select_decomp_table,
     tracing,
 )
-from bbvi_conv.engine.native.layout import Ordered
+from bbvi_conv.engine.native.layout import Ordered, settled
 from bbvi_conv.engine.native.plan import CannotCompile, Copy, Instruction, Loop, Place, Plan, pack
 from bbvi_conv.engine.native.recording import Pending, Recorder, record
 from bbvi_conv.program.graphs import results, simplify
@@ -54,15 +53,10 @@ def _small_product(a: Tensor, b: Tensor) -> Tensor:
     if a.shape.numel() * b.shape[-1] > SMALL:
         return NotImplemented  # type: ignore[no-any-return]
     if a.shape[-1] == 1:
-        return _settled(a * b)
+        return settled(a * b)
     if b.shape[-1] == 1:
         return (a * b.transpose(-1, -2)).sum(-1, keepdim=True)
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
-
-
-def _settled(value: Tensor) -> Tensor:
-    """Computed in its own shape: read as a vector, as gradients are, each number would be looked for by division."""
-    return force_stride_order(value, list(value.stride()))  # type: ignore[no-any-return]
 
 
 def _quotient(a: Tensor, b: Tensor) -> Tensor:
@@ -78,7 +72,7 @@ def _silu(x: Tensor) -> Tensor:
 
 
 def _mv(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1)
+    return (a * settled(b)).sum(-1)
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -98,7 +92,8 @@ def _decompositions() -> dict[Any, Any]:
         aten.silu.default: _silu,
         torch.ops.bbvi_conv.stop.default: torch.clone,
     }
-    return {**select_decomp_table(), **own}
+    known = select_decomp_table()
+    return {**known, **functions.decompositions(known), **own}
 
 
 def _settings(threads: int) -> dict[str, Any]:
