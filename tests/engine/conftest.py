@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bbvi_conv.engine.native import blocks, routines, tiles
 from bbvi_conv.families import FullRank, MeanField
 from bbvi_conv.objectives import ELBO
 from bbvi_conv.program import Program
@@ -48,3 +49,22 @@ def generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], s
         return source.read_text(encoding="utf-8")
 
     return text
+
+
+@pytest.fixture
+def let_make(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let tiles, blocks, routines or torch, by name, make all products they can, whoever is quickest here."""
+    have = {"tiles": tiles.faster, "blocks": blocks.available, "routines": routines.available}
+    need = {"tiles": "tiles of bfloat16 (AMX)", "blocks": "AVX-512, and torch's oneDNN", "routines": "MKL"}
+
+    def let(maker: str) -> None:
+        if maker != "torch" and not have[maker]():
+            pytest.skip(f"needs {need[maker]}")
+        monkeypatch.setattr(tiles, "faster", lambda: maker == "tiles")
+        monkeypatch.setattr(tiles, "LARGE", 0)
+        monkeypatch.setattr(tiles, "LEAST", 1)
+        monkeypatch.setattr(blocks, "faster", lambda: maker == "blocks")
+        if maker == "torch":
+            monkeypatch.setattr(routines, "available", lambda: False)
+
+    return let

@@ -9,19 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bbvi_conv.engine.native import NativeLoop, blocks, routines
+from bbvi_conv.engine.native import NativeLoop, blocks, routines, tiles
+from bbvi_conv.engine.native.matrices import Matrix, Product
+from bbvi_conv.engine.native.plan import Place, View
 from bbvi_conv.program.trace import to_graph
 
-MAKERS = {"blocks": blocks.available, "routines": routines.available}
 
-
-@pytest.fixture(params=MAKERS)
-def maker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who makes the products, whatever the processor; in a cache of their own."""
-    if not MAKERS[request.param]():
-        pytest.skip("needs a processor with AVX-512, and torch's oneDNN" if request.param == "blocks" else "needs MKL")
-    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(blocks, "faster", lambda: request.param == "blocks")
+@pytest.fixture(params=["tiles", "blocks", "routines"])
+def maker(request: pytest.FixtureRequest, generated: Callable[[], str], let_make: Callable[[str], None]) -> str:
+    """Who makes the products."""
+    let_make(request.param)
     return str(request.param)
 
 
@@ -107,16 +104,48 @@ def test_products_of_other_numbers(dtype: torch.dtype, maker: str) -> None:
     torch.testing.assert_close(made[0], given[0] @ given[1])
 
 
-def test_without_mkl_they_stay_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(blocks, "faster", lambda: False)
-    monkeypatch.setattr(routines, "available", lambda: False)
+def test_without_mkl_they_stay_calls(generated: Callable[[], str], let_make: Callable[[str], None]) -> None:
+    let_make("torch")
     given = [torch.randn(64, 64) for _ in range(2)]
     loop = NativeLoop(to_graph(plain, *given), given, 0, 2)
     loop.load()
     assert [call.target for call in loop._plan.calls()] == ["aten.mm.out"]
     _, (made,) = loop([], [t[None] for t in given], 1)
     torch.testing.assert_close(made[0], given[0] @ given[1])
+
+
+SQUARE = [(200, 200), (200, 200)]
+
+
+def test_tiles_keep_all_digits(generated: Callable[[], str], let_make: Callable[[str], None]) -> None:
+    """Of numbers of all sizes, no larger an error than torch's float32; two parts of three would be 30 times worse."""
+    let_make("tiles")
+    gen = torch.Generator().manual_seed(0)
+    given = [torch.randn(size, generator=gen) * torch.randn(size, generator=gen).mul(4).exp() for size in SQUARE]
+    loop = NativeLoop(to_graph(plain, *given), given, 0, 2)
+    loop.load()
+    _, (made,) = loop([], [t[None] for t in given], 1)
+    exact = given[0].double() @ given[1].double()
+    size = given[0].double().abs() @ given[1].double().abs()  # what an error is relative to, sum by sum
+
+    def error(product: Tensor) -> Tensor:
+        return ((product.double() - exact) / size).square().mean().sqrt()
+
+    halves = [t.bfloat16().float() + (t - t.bfloat16().float()).bfloat16().float() for t in given]
+    assert error(made[0]) < 1.2 * error(given[0] @ given[1])
+    assert error(halves[0] @ halves[1]) > 10 * error(made[0])
+
+
+def test_which_products_are_large_enough_for_tiles() -> None:
+    def of(m: int, n: int, k: int, dtype: str = "float32") -> Product:
+        views = [View(Place(0, 0), dtype, size, (size[1], 1)) for size in ((m, k), (k, n), (m, n))]
+        matrices = [matrix for matrix in map(Matrix.of, views) if matrix is not None]
+        return Product(*matrices, None)
+
+    assert tiles.fits(of(128, 784, 400))
+    assert not tiles.fits(of(128, 784, 20))  # a sum of few
+    assert not tiles.fits(of(128, 100, 300))
+    assert not tiles.fits(of(128, 784, 400, "float64"))
 
 
 @pytest.mark.parametrize("runs", [False, True])

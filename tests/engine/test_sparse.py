@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from bbvi_conv.engine.native import NativeLoop, blocks, routines
+from bbvi_conv.engine.native import NativeLoop, routines
 from bbvi_conv.program.trace import to_graph
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -69,9 +68,7 @@ def marked(graph: GraphModule) -> int:
     return len(graph.graph.find_nodes(op="call_function", target=torch.ops.bbvi_conv.sparse_product.default))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("generated")
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -158,14 +155,10 @@ def test_data_that_are_whole() -> None:
         torch.testing.assert_close(made[0], x @ w, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("made_of_blocks", [False, True])
-def test_a_gradient_is_made_in_place(
-    made_of_blocks: bool, generated: Callable[[], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A part of the vector of all gradients is written there, by either kind of product, and not copied."""
-    if made_of_blocks and not blocks.available():
-        pytest.skip("needs a processor with AVX-512, and torch's oneDNN")
-    monkeypatch.setattr(blocks, "faster", lambda: made_of_blocks)
+@pytest.mark.parametrize("maker", ["tiles", "blocks", "routines"])
+def test_a_gradient_is_made_in_place(maker: str, generated: Callable[[], str], let_make: Callable[[str], None]) -> None:
+    """A part of the vector of all gradients is written there, by any kind of product, and not copied."""
+    let_make(maker)
     data = zeros_and_more(300, 784)
     given = [torch.randn(128, 400), torch.randn(128, 300), torch.randn(300)]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from bbvi_conv import __version__
-from bbvi_conv.engine.native import sparse
+from bbvi_conv.engine.native import sparse, tiles
 from bbvi_conv.engine.native.library import is_cached, library, name_of
 from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views, views
 from bbvi_conv.program.graphs import lift, results
@@ -73,7 +73,7 @@ class NativeLoop:
         self._graph = lifted
         self.results = results(graph)[carry:]
         shapes = "; ".join(f"{t.dtype} {tuple(t.shape)} {t.stride()}" for t in self._example)
-        self.name = name_of(f"{lifted.code}\n{shapes}\n{carry} {threads}", __version__)
+        self.name = name_of(f"{lifted.code}\n{shapes}\n{carry} {threads} {tiles.faster()}", __version__)
 
     def _drawn(self, example: Sequence[Tensor]) -> dict[int, Tensor]:
         """What rows of the resident data look like, by the number of their input: some from everywhere in them."""

@@ -1,7 +1,8 @@
 """Products of matrices in generated code, without a call of torch's operations for each.
 
-With data that are mostly zeros they are :mod:`sparse`; on some processors they are made of :mod:`blocks`; else they are
-:mod:`routines` of the library that torch calls. What is none of these stays a call of torch's.
+With data that are mostly zeros they are :mod:`sparse`; on some processors they are made of :mod:`tiles` or of
+:mod:`blocks`; else they are :mod:`routines` of the library that torch calls. What is none of these stays a call of
+torch's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from bbvi_conv.engine.native import blocks, matrices, routines, sparse
+from bbvi_conv.engine.native import blocks, matrices, routines, sparse, tiles
 from bbvi_conv.engine.native.matrices import Matrix, Product
 from bbvi_conv.engine.native.plan import Call, Kernel
 from bbvi_conv.engine.native.recording import Recorder
@@ -52,6 +53,9 @@ def _kernel(call: Call, recorder: Recorder, threads: int, name: str) -> tuple[Ke
     product = _product(call)
     if product is None:
         return None
+    if tiles.faster() and tiles.fits(product):
+        kernel, text = tiles.kernel(product, recorder, threads, name)
+        return kernel, [matrices.HELPERS, tiles.HELPERS, text]
     if blocks.faster() and product.c.view.dtype == "float32":
         kernel, text = blocks.kernel(product, recorder, threads, name)
         return kernel, [matrices.HELPERS, blocks.HELPERS, text]
