@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from torch.fx.node import map_arg
 
 from bbvi_conv.engine.native.matrices import Matrix, part, turned
 from bbvi_conv.engine.native.plan import Call, CannotCompile, Kernel
-from bbvi_conv.engine.native.recording import Recorder
+
+if TYPE_CHECKING:  # which imports the compiler
+    from bbvi_conv.engine.native.recording import Recorder
 
 DENSE = 0.25
 """Share of numbers other than zero from which skipping the others gains nothing."""

@@ -18,13 +18,16 @@ import ctypes
 import platform
 import subprocess
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from bbvi_conv.engine.native.library import compiler, processor
 from bbvi_conv.engine.native.matrices import Product, part
 from bbvi_conv.engine.native.plan import Kernel
-from bbvi_conv.engine.native.recording import Recorder
+
+if TYPE_CHECKING:  # which imports the compiler
+    from bbvi_conv.engine.native.recording import Recorder
 
 LARGE = 2**22
 """Multiplications from which a product is worth splitting its operands."""
