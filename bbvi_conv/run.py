@@ -342,7 +342,7 @@ class Run:
             if one.step == 0 or made == one.step:
                 return one
             x = newest(one, self.settings)
-            return one if x is one.previous and made >= one.window_start else self._check(seed, one, x)
+            return one if x is one.previous and made >= one.window_start else self._check(seed, one, x, final=True)
 
         checked = self._each(state, [not one.frozen for one in state.seeds], check)
         if all(now.checks is old.checks for now, old in zip(checked.seeds, state.seeds, strict=True)):
@@ -406,9 +406,9 @@ class Run:
         bound, error = -float(losses.mean()), float(losses.std()) / len(losses) ** 0.5
         return look(step, index, self.strata.bounds(index), grams, bound=bound, bound_error=error, noise=noise)
 
-    def _check(self, seed: int, state: FitState, x: Tensor) -> FitState:
+    def _check(self, seed: int, state: FitState, x: Tensor, *, final: bool = False) -> FitState:
         best = state.previous if state.best_step == state.window_start else state.best
-        check = self.judge.of_seed(seed).check(state.step, x, state.previous, best)
+        check = self.judge.of_seed(seed).check(state.step, x, state.previous, best, final=final)
         return state._replace(checks=(*state.checks, check))
 
     def _close_window(self, state: FitState, closing: Sequence[bool]) -> FitState:

@@ -59,7 +59,10 @@ class CompiledEngine:
         threads = torch.get_num_threads()
         self.at_once = min(threads, self.num_seeds) if self.in_turn else _groups(self.num_seeds, threads)
         self._group = 1 if self.in_turn else self.num_seeds // self.at_once
-        graph, example, _ = traced.one if self._group == 1 else side_by_side(traced.one, self._group)
+        if self._group in (1, self.num_seeds):
+            graph, example, _ = traced.one if self._group == 1 else traced.all
+        else:
+            graph, example, _ = side_by_side(traced.one, self._group)
         self._gathers = program.minibatch is not None and not program.by_index
         self._loop = NativeLoop(
             graph,
@@ -162,7 +165,7 @@ def _shared(product: Node) -> int:
 
 
 def _groups(seeds: int, threads: int) -> int:
-    """Groups of seeds, of equal size, that have a thread each: as many as leave enough in a group to fill vectors."""
+    """Groups of equal size that have a thread each: the most that leave seeds enough in one to fill vectors."""
     counts = range(min(threads, seeds // FILLING), 1, -1)
     return next((count for count in counts if seeds % count == 0), 1)
 

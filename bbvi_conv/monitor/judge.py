@@ -36,7 +36,11 @@ GRADIENT_COST = 20_000_000
 MATRIX_COST = 50_000_000
 """Products times draws times width that a curvature matrix may cost."""
 ROUGH_COST = 2_000_000
-"""The same, from which a matrix on which nothing hangs is formed from fewer draws."""
+"""The same, from which a matrix is formed from fewer draws as long as the run is sure to go on."""
+
+SURE = 10
+"""Tolerances by which a window improves the bound where the run is sure to go on."""
+
 WIDE = 20_000
 """Width beyond which each evaluation is dear: looks are sparser, and curvature is asked for only when it can decide."""
 
@@ -55,7 +59,7 @@ class Effort(NamedTuple):
         first, most: draws to begin with, and at most.
         dense: whether the matrix is formed; otherwise it is known by products.
         matrix: draws its mean is over, spread evenly: 128 of them do about what 1,024 independent ones would.
-        rough: as many where the window still improves the bound, so that nothing hangs on the matrix.
+        rough: as many inside a run while windows improve the bound by far more than the tolerance.
         dear: whether curvature waits until a window no longer improves the bound.
     """
 
@@ -73,6 +77,8 @@ def effort(size: int, wide: int, *, vectorised: bool) -> Effort:
     Example:
         >>> effort(65, 120, vectorised=True)
         Effort(first=256, most=4096, dense=True, matrix=128, rough=128, dear=False)
+        >>> effort(175, 175, vectorised=True).rough
+        32
     """
     afford = max(32, GRADIENT_COST // wide)
     first, most = (FIRST_DRAWS, MOST_DRAWS) if vectorised else (FIRST_DRAWS // 4, MOST_DRAWS // 16)
@@ -248,16 +254,18 @@ class Judge:
 
     # ---- checks ----
 
-    def check(self, step: int, x: Tensor, previous: Tensor | None, best: Tensor | None = None) -> Check:
+    def check(
+        self, step: int, x: Tensor, previous: Tensor | None, best: Tensor | None = None, *, final: bool = False
+    ) -> Check:
         """Gap, natural-gradient norm, paired improvement and bound at ``x``; the noise depends on the step alone.
 
         ``best`` are the parameters that held-out rows like best so far, where there are such rows; they may be
-        ``previous`` itself.
+        ``previous`` itself. ``final``: no step follows.
         """
         keys = _Keys(step)
         losses, improvement = self._compare(self.compared, x, previous, keys)
         known = self._against_best(x, best, improvement if best is previous else None, keys)
-        found = self._check(step, x, losses, improvement, keys)
+        found = self._check(step, x, losses, improvement, keys, final)
         return found if known is None else found._replace(over_best=known[0], training=known[1])
 
     def _against_best(
@@ -272,18 +280,18 @@ class Judge:
         over = known or self._compare(self.compared, x, best, keys)[1]
         return over, self._compare(self.plain, x, best, keys)[1]
 
-    def _check(self, step: int, x: Tensor, losses: Tensor, improvement: Estimate, keys: _Keys) -> Check:
+    def _check(self, step: int, x: Tensor, losses: Tensor, improvement: Estimate, keys: _Keys, final: bool) -> Check:
         mean, error = float(losses.mean()), float(losses.std()) / math.sqrt(len(losses))
         bound = scaled(Estimate(-mean, -mean - 1.96 * error, -mean + 1.96 * error), self.calculus.normaliser)
         size = len(x)
         if size == 0:
             none = unavailable("there are no parameters to optimise")
             return Check(step, none, none, improvement, bound)
-        improves = improvement.low is None or improvement.low > self.tolerance
-        if improves and self._effort(self.cheap, size).dear:
+        low = math.inf if improvement.low is None else improvement.low
+        if low > self.tolerance and self._effort(self.cheap, size).dear:
             waits = unavailable("a program this wide is only asked for it once a window no longer improves the bound")
             return Check(step, waits, waits, improvement, bound)
-        natural, gap = self._distances(x, keys, rough=improves)
+        natural, gap = self._distances(x, keys, rough=low > SURE * self.tolerance and not final)
         return Check(step, gap, natural, improvement, bound)
 
     def _effort(self, calculus: Calculus, size: int) -> Effort:
@@ -306,7 +314,7 @@ class Judge:
             count = min(4 * count, most)
 
     def _distances(self, x: Tensor, keys: _Keys, *, rough: bool) -> tuple[Estimate, Estimate]:
-        """Natural-gradient norm and gap; ``rough`` where nothing hangs on them."""
+        """Natural-gradient norm and gap; ``rough``: curvature from fewer draws."""
         program, factor = self.calculus.program, self.calculus.normaliser
         spent = self._effort(self.cheap, len(x))
         control = None if spent.dear else self._control(x, keys)

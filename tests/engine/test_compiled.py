@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -160,6 +161,10 @@ def test_what_a_call_is_given_counts_not_what_the_last_one_left(images: Program)
     assert torch.equal(go(kept), expected)
     last, _ = engine.advance(start, stream, 0, 5)
     assert torch.equal(go(last), expected)  # in place
+    last, _ = engine.advance(start, stream, 0, 5)
+    assert isinstance(engine, CompiledEngine)
+    engine._loop._example[0].fill_(math.nan)
+    assert go(last).isnan().all()  # power: nothing was copied
 
 
 def regression(columns: int, hidden: int = 0) -> Program:

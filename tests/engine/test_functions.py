@@ -59,6 +59,19 @@ def test_sharper_softplus(beta: float) -> None:
     torch.testing.assert_close(functions.softplus_backward(grad, x, beta, 40.0), expected)
 
 
+def test_a_threshold_that_changes_the_function_is_obeyed(generated: Callable[[], str]) -> None:
+    def function(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        soft = functional.softplus(x, 1.0, 0.5)
+        return soft, torch.ops.aten.softplus_backward(g, x, 1.0, 0.5)
+
+    given = [torch.linspace(-3, 3, 1000), torch.randn(1000)]
+    loop = NativeLoop(to_graph(function, *given), given, 0, 2)
+    loop.load()
+    _, made = loop([], [t[None] for t in given], 1)
+    for values, expected in zip(made, function(*given), strict=True):
+        torch.testing.assert_close(values[0], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_generated_code_has_them_for_float32(dtype: torch.dtype, generated: Callable[[], str]) -> None:
     """And torch's for float64; both are what torch gives."""

@@ -104,6 +104,15 @@ def test_products_of_other_numbers(dtype: torch.dtype, maker: str) -> None:
     torch.testing.assert_close(made[0], given[0] @ given[1])
 
 
+def test_a_bias_that_all_columns_share(maker: str) -> None:
+    """It is one number, of which generated code would read a row: torch adds it."""
+    given = [torch.randn(64, 50), torch.randn(40, 50), torch.randn(1)]
+    loop = NativeLoop(to_graph(layer, *given), given, 0, 3)
+    loop.load()
+    _, (made,) = loop([], [t[None] for t in given], 1)
+    torch.testing.assert_close(made[0], layer(*given)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_without_mkl_they_stay_calls(generated: Callable[[], str], let_make: Callable[[str], None]) -> None:
     let_make("torch")
     given = [torch.randn(64, 64) for _ in range(2)]

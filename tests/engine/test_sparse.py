@@ -143,6 +143,49 @@ def test_rows_denser_than_the_sample_are_still_right() -> None:
     torch.testing.assert_close(made[0], data[7].expand(64, -1) @ w, rtol=1e-4, atol=1e-4)
 
 
+def test_several_batches_in_a_step() -> None:
+    """As seeds side by side have them: rows of the sample fill them all."""
+    data, z = zeros_and_more(500, 784), torch.randn(784, 64)
+
+    def of_seeds(z: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return (x.reshape(3 * 32, 784) @ z,)
+
+    loop, graph = looped(of_seeds, [z, data[:96].reshape(3, 32, 784)], [data])
+    assert marked(graph) == 1
+    rows = torch.randint(500, (1, 3, 32))
+    _, (made,) = loop([], [z[None]], 1, rows)
+    torch.testing.assert_close(made[0], of_seeds(z, data[rows[0]])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_leads_from_data_to_a_product_may_be_long_and_hold_constants() -> None:
+    x, w = zeros_and_more(64, 784), torch.randn(784, 64)
+
+    def long(w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        for _ in range(1500):
+            x = x * torch.tensor(0.999)
+        return (x @ w,)
+
+    assert marked(NativeLoop(to_graph(long, w, x), [w, x], 0, 1)._graph) == 1
+
+
+@pytest.mark.parametrize("form", ["columns apart", "one number repeated"])
+def test_operands_with_gaps_are_multiplied_by_torch(form: str) -> None:
+    x, w = zeros_and_more(128, 1568), torch.randn(784, 64)
+
+    def apart(w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return (x[:, ::2] @ w,)
+
+    def repeated(w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.ones(()).expand(64, 128) * w[0, 0] @ x, x.T @ w[:1, :1].expand(128, 64))
+
+    function = apart if form == "columns apart" else repeated
+    loop = NativeLoop(to_graph(function, w, x), [w, x], 0, 1)
+    loop.load()
+    _, made = loop([], [w[None]], 1)
+    for values, expected in zip(made, function(w, x), strict=True):
+        torch.testing.assert_close(values[0], expected, rtol=1e-4, atol=1e-3)
+
+
 def test_data_that_are_whole() -> None:
     """Without minibatches they are constants of the graph, or inputs that never change."""
     x, w = zeros_and_more(64, 784), torch.randn(784, 64)

@@ -9,13 +9,16 @@ numbers; the longer side of the result is shared out among the threads.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from bbvi_conv.engine.native.library import processor
 from bbvi_conv.engine.native.matrices import Product, exported, part, turned
 from bbvi_conv.engine.native.plan import Kernel
-from bbvi_conv.engine.native.recording import Recorder
+
+if TYPE_CHECKING:  # which imports the compiler
+    from bbvi_conv.engine.native.recording import Recorder
 
 SHARED = 2**20
 """Multiplications from which a product is worth sharing out among threads."""

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from bbvi_conv.engine.native.layout import settled
 
+EXACT = 15.0
+"""From here on softplus(x) is x in float32: a threshold that is no smaller changes nothing."""
+
 FAR = 7.9
 """The hyperbolic tangent from here on differs from 1 by less than five roundings."""
 
@@ -58,7 +61,9 @@ def tanh(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    """``log(1 + exp(beta x)) / beta``; it needs no threshold from which it is x."""
+    """``log(1 + exp(beta x)) / beta``."""
+    if threshold < EXACT:
+        return NotImplemented  # type: ignore[no-any-return]
     z, e = _decay(x, beta)
     value = z.clamp(min=0.0) + e * _polynomial(e, _LOG1P)
     return value if beta == 1 else value / beta
@@ -66,6 +71,8 @@ def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 
 def softplus_backward(grad: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     """``grad`` times the sigmoid of ``beta x``."""
+    if threshold < EXACT:
+        return NotImplemented  # type: ignore[no-any-return]
     z, e = _decay(x, beta)
     return grad * torch.where(z < 0, e, torch.ones_like(e)) / (1 + e)
 
@@ -82,7 +89,7 @@ def decompositions(others: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callab
 
 
 def _of_float32(function: Callable[..., Tensor], other: Callable[..., Any] | None, *args: Any) -> Any:
-    if args[0].dtype is torch.float32:
-        value = function(*args)
+    value = function(*args) if all(a.dtype is torch.float32 for a in args if isinstance(a, Tensor)) else NotImplemented
+    if value is not NotImplemented:
         return settled(value) if value.numel() == 1 else value
     return NotImplemented if other is None else other(*args)

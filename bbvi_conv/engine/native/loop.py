@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from bbvi_conv import __version__
-from bbvi_conv.engine.native import sparse, tiles
+from bbvi_conv.engine.native import products, sparse
 from bbvi_conv.engine.native.library import is_cached, library, name_of
 from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views, views
 from bbvi_conv.program.graphs import lift, results
@@ -66,22 +66,24 @@ class NativeLoop:
         self._resident = [data.contiguous() for data in resident]
         self._changing = changing = carry + held + moving + len(resident)
         lifted, constants = lift(graph)
-        fixed_data = dict(enumerate((*example[changing:], *constants), changing))
-        sparse.mark(lifted, {**self._drawn(example), **fixed_data})
-        fixed = [_whole(t) for t in (*example[changing:], *constants)]
+        whole = (*example[changing:], *constants)
+        sparse.mark(lifted, {**self._drawn(example), **dict(enumerate(whole, changing))})
+        fixed = [_whole(t) for t in whole]
         self._example = [*(torch.empty(t.shape, dtype=t.dtype) for t in example[:changing]), *fixed]
         self._graph = lifted
         self.results = results(graph)[carry:]
         shapes = "; ".join(f"{t.dtype} {tuple(t.shape)} {t.stride()}" for t in self._example)
-        self.name = name_of(f"{lifted.code}\n{shapes}\n{carry} {threads} {tiles.faster()}", __version__)
+        self.name = name_of(f"{lifted.code}\n{shapes}\n{carry} {threads} {products.makers()}", __version__)
 
     def _drawn(self, example: Sequence[Tensor]) -> dict[int, Tensor]:
         """What rows of the resident data look like, by the number of their input: some from everywhere in them."""
-        first = self.carry + self.held + self.moving
-        return {
-            first + i: data[torch.linspace(0, len(data) - 1, len(example[first + i])).long()]
-            for i, data in enumerate(self._resident)
-        }
+        first, found = self.carry + self.held + self.moving, {}
+        for number, data in enumerate(self._resident, first):
+            leading = example[number].shape[: example[number].dim() - data.dim() + 1]
+            count = leading.numel()
+            rows = torch.arange(count) * (len(data) - 1) // max(count - 1, 1)
+            found[number] = data[rows].reshape(*leading, *data.shape[1:])
+        return found
 
     @property
     def cached(self) -> bool:
@@ -146,7 +148,8 @@ class NativeLoop:
         """Run ``steps`` steps.
 
         Args:
-            given: tensors of the carry, and what is held; left as they are.
+            given: tensors of the carry, and what is held; left as they are. What the last call returned, and nobody has
+                changed since by an operation of torch's, is not copied again.
             moving: one tensor ``(steps, ...)`` per moving input.
             steps: T.
             rows: ``(steps, ...)``, rows of the resident data, as many as an input has.

@@ -71,6 +71,10 @@ def _silu(x: Tensor) -> Tensor:
     return x * x.sigmoid()
 
 
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)
+
+
 def _mv(a: Tensor, b: Tensor) -> Tensor:
     return (a * settled(b)).sum(-1)
 
@@ -86,7 +90,7 @@ def _decompositions() -> dict[Any, Any]:
         aten.mm.default: _small_product,
         aten.bmm.default: _small_product,
         aten.mv.default: _mv,
-        aten.dot.default: _mv,
+        aten.dot.default: _dot,
         aten.addmm.default: _addmm,
         aten.div.Tensor: _quotient,
         aten.silu.default: _silu,

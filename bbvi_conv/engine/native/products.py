@@ -8,12 +8,14 @@ torch's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from bbvi_conv.engine.native import blocks, matrices, routines, sparse, tiles
 from bbvi_conv.engine.native.matrices import Matrix, Product
 from bbvi_conv.engine.native.plan import Call, Kernel
-from bbvi_conv.engine.native.recording import Recorder
+
+if TYPE_CHECKING:  # which imports the compiler
+    from bbvi_conv.engine.native.recording import Recorder
 
 CALLS = ("aten.mm.out", "aten.addmm.out")
 """What torch's products are recorded as."""
@@ -21,9 +23,14 @@ CALLS = ("aten.mm.out", "aten.addmm.out")
 Step = TypeVar("Step")
 
 
+def makers() -> tuple[bool, ...]:
+    """Who can make products here, in this process: what generated code depends on beside the graph."""
+    return tiles.faster(), blocks.faster(), routines.available()
+
+
 def written(
     code: Sequence[Step], recorder: Recorder, threads: int, prefix: str
-) -> tuple[list[Step | Kernel], list[str]]:
+) -> tuple[list[Step | Kernel | Call], list[str]]:
     """Products as generated kernels, and the text of these, what they need first; everything else as it is.
 
     Args:
@@ -32,37 +39,38 @@ def written(
         threads: of generated code.
         prefix: of the names of the kernels.
     """
-    found: list[Step | Kernel] = []
+    found: list[Step | Kernel | Call] = []
     texts: dict[str, None] = {}  # each once
     for number, step in enumerate(code):
-        made = _kernel(step, recorder, threads, f"{prefix}product{number}") if isinstance(step, Call) else None
-        if made is None:
-            found.append(step)
-        else:
-            kernel, sources = made
-            found.append(kernel)
+        if isinstance(step, Call):
+            made, sources = _made(step, recorder, threads, f"{prefix}product{number}")
+            found.append(made)
             texts |= dict.fromkeys(sources)
+        else:
+            found.append(step)
     return found, list(texts)
 
 
-def _kernel(call: Call, recorder: Recorder, threads: int, name: str) -> tuple[Kernel, list[str]] | None:
-    """A kernel in place of a call, and its text after what that needs; None where the call stays."""
+def _made(call: Call, recorder: Recorder, threads: int, name: str) -> tuple[Kernel | Call, list[str]]:
+    """A kernel in place of a call, and its text after what that needs; or the call that stays."""
     if call.target == sparse.TARGET:
-        kernel, text = sparse.kernel(call, recorder, threads, name)
-        return kernel, [matrices.HELPERS, sparse.HELPERS, text]
+        kernel = sparse.kernel(call, recorder, threads, name)
+        if kernel is not None:
+            return kernel[0], [matrices.HELPERS, sparse.HELPERS, kernel[1]]
+        call = sparse.as_dense(call)
     product = _product(call)
     if product is None:
-        return None
+        return call, []
     if tiles.faster() and tiles.fits(product):
-        kernel, text = tiles.kernel(product, recorder, threads, name)
-        return kernel, [matrices.HELPERS, tiles.HELPERS, text]
+        made, text = tiles.kernel(product, recorder, threads, name)
+        return made, [matrices.HELPERS, tiles.HELPERS, text]
     if blocks.faster() and product.c.view.dtype == "float32":
-        kernel, text = blocks.kernel(product, recorder, threads, name)
-        return kernel, [matrices.HELPERS, blocks.HELPERS, text]
+        made, text = blocks.kernel(product, recorder, threads, name)
+        return made, [matrices.HELPERS, blocks.HELPERS, text]
     if routines.available():
-        kernel, text = routines.kernel(product, name)
-        return kernel, [routines.HELPERS, text]
-    return None
+        made, text = routines.kernel(product, name)
+        return made, [routines.HELPERS, text]
+    return call, []
 
 
 def _product(call: Call) -> Product | None:
@@ -73,7 +81,8 @@ def _product(call: Call) -> Product | None:
     *biases, a, b = call.args
     given = (a, b, call.kwargs["out"])
     types = {view.dtype for view in (*given, *biases)}
-    if types not in ({"float32"}, {"float64"}) or any(view.stride != (1,) for view in biases):
+    columns = call.kwargs["out"].size[1]
+    if types not in ({"float32"}, {"float64"}) or any((v.size, v.stride) != ((columns,), (1,)) for v in biases):
         return None
     left, right, out = (Matrix.of(view) for view in given)
     if left is None or right is None or out is None:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from bbvi_conv.engine.native.matrices import Matrix, part, turned
-from bbvi_conv.engine.native.plan import Call, CannotCompile, Kernel
+from bbvi_conv.engine.native.plan import Call, Kernel, View
 
 if TYPE_CHECKING:  # which imports the compiler
     from bbvi_conv.engine.native.recording import Recorder
@@ -30,6 +30,9 @@ DENSE = 0.25
 LARGE = 2**21
 """Multiplications, those with zero included, from which making lists is worth it."""
 
+MOST = 2**24
+"""Numbers in a matrix for which lists are made: they take twice its memory."""
+
 TARGET = "bbvi_conv.sparse_product.default"
 """What such a product is recorded as."""
 
@@ -37,7 +40,7 @@ DEPTH = 48
 """Rows of the dense matrix in one block: with the columns of one, they stay in the innermost cache."""
 
 HELPERS = """
-// Numbers of a (m x k) that are not zero, for rows r0 to r1: row r has its own in at and value from r * (k + 16) on,
+// Numbers of a (m x k) that are not zero, for rows r0 to r1: row r has its own in at and value from r * k on,
 // those of its columns p * depth and more from begin[r * (blocks + 1) + p] on; at counts columns from there.
 static void list_rows(const float* a, int64_t step, bool turned, int64_t k, int64_t depth, int64_t r0, int64_t r1,
                       int32_t* at, float* value, int32_t* begin, float* strip) {
@@ -48,8 +51,8 @@ static void list_rows(const float* a, int64_t step, bool turned, int64_t k, int6
             if ((r - r0) % 16 == 0) turn(a + r, step, strip, k, k, std::min<int64_t>(16, r1 - r));
             x = strip + (r - r0) % 16 * k;
         }
-        int32_t* where = at + r * (k + 16);
-        float* what = value + r * (k + 16);
+        int32_t* where = at + r * k;
+        float* what = value + r * k;
         int64_t n = 0;
         for (int64_t p = 0; p < blocks; ++p) {
             const int64_t first = p * depth, last = std::min(k, first + depth);
@@ -151,7 +154,7 @@ static void sparse_rows(int64_t m, int64_t k, const int32_t* at, const float* va
             if (turned) turn(b + j * ldb + first, ldb, panel, width, columns, std::min<int64_t>(DEPTH, k - first));
             for (int64_t r = 0; r < m; ++r) {
                 const int32_t* own = begin + r * (blocks + 1) + p;
-                const int64_t n = r * (k + 16) + own[0];
+                const int64_t n = r * k + own[0];
                 combine_all(at + n, value + n, own[1] - own[0], turned ? panel : b + first * ldb + j,
                             turned ? width : ldb, sum + r * width, p > 0, columns);
             }
@@ -169,7 +172,7 @@ static void sparse_columns(int64_t n, int64_t k, const int32_t* at, const float*
         for (int64_t j = 0; j < n; j += width) {
             const int64_t rows = std::min<int64_t>(GROUP, r1 - r), columns = std::min(width, n - j);
             for (int64_t i = r; i < r + rows; ++i)
-                combine_all(at + i * (k + 16), value + i * (k + 16), begin[2 * i + 1], b + j, ldb,
+                combine_all(at + i * k, value + i * k, begin[2 * i + 1], b + j, ldb,
                             tile + (i - r) * width, false, columns);
             turn(tile, width, c + j * ldc + r, ldc, rows, columns);
         }
@@ -219,7 +222,7 @@ def mark(graph: GraphModule, data: Mapping[int, Tensor]) -> None:
     known: dict[Node, Any] = {node: data[i] for i, node in enumerate(inputs) if i in data}
     follow = set(known)
     for node in graph.graph.nodes:
-        if node.all_input_nodes and follow.issuperset(node.all_input_nodes) and _is_pure(node):
+        if _is_pure(node) and follow.issuperset(node.all_input_nodes):
             follow.add(node)
     for node in list(graph.graph.nodes):
         if node.target in _PRODUCTS and not node.kwargs and node.meta["tensor_meta"].dtype is torch.float32:
@@ -241,16 +244,31 @@ def _is_pure(node: Node) -> bool:
 
 
 def _value(node: Node, known: dict[Node, Any]) -> Any:
-    """What the node is where its inputs are as ``known``, to which it is added."""
-    if node not in known:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda source: _value(source, known))
-        known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    """What the node is where its inputs are as ``known``, to which it is added; None where it cannot be told."""
+    if node in known:
+        return known[node]
+    needed, waiting = {node}, [node]
+    while waiting:
+        sources = [source for source in waiting.pop().all_input_nodes if source not in known and source not in needed]
+        needed.update(sources)
+        waiting += sources
+    values = dict(known)
+    try:
+        for each in node.graph.nodes:
+            if each in needed:
+                args, kwargs = map_arg((each.args, each.kwargs), values.__getitem__)
+                values[each] = each.target(*args, **kwargs)
+    except Exception:  # whatever cannot be had here, dense products can do without
+        values[node] = None
+    known[node] = values[node]
     return known[node]
 
 
-def _worth_it(value: Tensor, others: int) -> bool:
+def _worth_it(value: Tensor | None, others: int) -> bool:
     """Whether its product with so many rows or columns is large, and most of it zero."""
-    return value.numel() * others >= LARGE and int(value.count_nonzero()) <= DENSE * value.numel()
+    if value is None or not LARGE / others <= value.numel() <= MOST:
+        return False
+    return int(value.count_nonzero()) <= DENSE * value.numel()
 
 
 def _product(graph: GraphModule, node: Node, a: Node, b: Node, first: bool, bias: Sequence[Node]) -> Node:
@@ -280,12 +298,26 @@ def given_place(code: Sequence[Step]) -> list[Step]:
     ]
 
 
-def kernel(call: Call, recorder: Recorder, threads: int, name: str) -> tuple[Kernel, str]:
-    """Lists by rows of ``a``, then the product by columns of the result: rows of the transpose, or of itself."""
+def as_dense(call: Call) -> Call:
+    """The same product as torch's own."""
+    a, b, across = call.args
+    operands = (_transposed(b), _transposed(a)) if across else (a, b)
+    return Call("aten.mm.out", operands, call.kwargs, ())
+
+
+def _transposed(view: View) -> View:
+    return view._replace(size=view.size[::-1], stride=view.stride[::-1])
+
+
+def kernel(call: Call, recorder: Recorder, threads: int, name: str) -> tuple[Kernel, str] | None:
+    """Lists of the numbers of ``a`` that are not zero, row by row, and the product by these.
+
+    None where an operand lies in memory with gaps.
+    """
     first, second, across = call.args
     a, b, c = (Matrix.of(view) for view in (first, second, call.kwargs["out"]))
     if a is None or b is None or c is None or not c.by_rows:
-        raise CannotCompile("a product with data has operands that lie in memory with gaps")
+        return None
     (m, k), n = (a.rows, a.columns), b.columns
     depth = k if across else DEPTH
     arguments = {
@@ -298,8 +330,8 @@ def kernel(call: Call, recorder: Recorder, threads: int, name: str) -> tuple[Ker
         kind = "float*" if dtype is torch.float32 else "int32_t*"
         arguments[name] = (kind, recorder.place(torch.empty(count, dtype=dtype)))
 
-    scratch("at", m * (k + 16), torch.int32)
-    scratch("value", m * (k + 16))
+    scratch("at", m * k, torch.int32)
+    scratch("value", m * k)
     scratch("begin", m * (-(-k // depth) + 1), torch.int32)
     before, at, step = "", "b", b.step
     if not a.by_rows:

@@ -8,8 +8,8 @@ A float32 number is the sum of three of bfloat16, :math:`x = x_1 + x_2 + x_3`, e
 which leaves out :math:`2^{-24} |x y|` at most, as much as rounding the product does; sums are of float32. Tile units do
 16 times as many products as vector units in the same time, so that six of them are still quicker than one.
 
-Numbers below :math:`2^{-126}`, and what is left over of those below :math:`2^{-110}`, count as zero; infinite ones make
-a result that is not a number.
+Numbers below :math:`2^{-126}`, and what is left over of those below :math:`2^{-110}`, count as zero; infinite ones, and
+the largest finite ones, which would be rounded to infinity, make a result that is not a number.
 """
 
 from __future__ import annotations
