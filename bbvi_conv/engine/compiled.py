@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bbvi_conv.engine.engine import Carry, TracedEngine, side_by_side
+from bbvi_conv.engine.engine import Carry, TracedEngine
 from bbvi_conv.engine.native import NativeLoop
 from bbvi_conv.engine.streams import Feed, Stream
 from bbvi_conv.engine.workers import Workers
@@ -59,10 +59,7 @@ class CompiledEngine:
         threads = torch.get_num_threads()
         self.at_once = min(threads, self.num_seeds) if self.in_turn else _groups(self.num_seeds, threads)
         self._group = 1 if self.in_turn else self.num_seeds // self.at_once
-        if self._group in (1, self.num_seeds):
-            graph, example, _ = traced.one if self._group == 1 else traced.all
-        else:
-            graph, example, _ = side_by_side(traced.one, self._group)
+        graph, example, _ = traced.side_by_side(self._group)
         self._gathers = program.minibatch is not None and not program.by_index
         self._loop = NativeLoop(
             graph,
@@ -92,7 +89,7 @@ class CompiledEngine:
         """Run the loop once per block of noise, or once per block and seed."""
         losses = []
         for feed in stream.steps(start, count):
-            if self.in_turn or self.at_once > 1:
+            if self._group < self.num_seeds:
                 carry, loss = self._seeds(carry, feed)
             else:
                 carry, loss = self._run(carry, feed)
@@ -146,7 +143,8 @@ def in_turn(traced: TracedEngine) -> bool:
         return False
     products = [node for node in traced.one.graph.graph.nodes if node.target in _PRODUCTS]
     if not products:
-        return not traced.all.vectorised
+        group = traced.num_seeds // _groups(traced.num_seeds, torch.get_num_threads())
+        return not traced.side_by_side(group).vectorised
     shared = [columns for columns in map(_shared, products) if columns]
     if any(columns > NARROW for columns in shared):
         return traced.num_seeds < MANY

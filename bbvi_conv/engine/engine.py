@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -45,14 +44,16 @@ class Carry(NamedTuple):
     @staticmethod
     def stack(carries: Sequence[Carry]) -> Carry:
         """The carries of S seeds side by side; of a single one, itself."""
-        if len(carries) == 1:
-            return carries[0]
-        return Carry.unflatten([torch.stack(parts) for parts in zip(*(c.flat() for c in carries), strict=True)])
+        return carries[0] if len(carries) == 1 else Carry._together(torch.stack, carries)
 
     @staticmethod
     def cat(carries: Sequence[Carry]) -> Carry:
         """The carries of groups of seeds as that of all seeds."""
-        return Carry.unflatten([torch.cat(parts) for parts in zip(*(c.flat() for c in carries), strict=True)])
+        return Carry._together(torch.cat, carries)
+
+    @staticmethod
+    def _together(how: Callable[[tuple[Tensor, ...]], Tensor], carries: Sequence[Carry]) -> Carry:
+        return Carry.unflatten([how(parts) for parts in zip(*(c.flat() for c in carries), strict=True)])
 
     def of_seeds(self, seed: int | slice) -> Carry:
         """That of one of S seeds, or of several."""
@@ -62,7 +63,7 @@ class Carry(NamedTuple):
         """The inverse of :meth:`stack`."""
         if self.step.dim() == 0:
             return [self]
-        return [Carry.unflatten(list(parts)) for parts in zip(*(part.unbind() for part in self.flat()), strict=True)]
+        return [self.of_seeds(seed) for seed in range(len(self.step))]
 
 
 def start_carry(optimiser: Optimiser, x: Tensor) -> Carry:
@@ -182,11 +183,18 @@ class TracedEngine:
         if products is not None and not round_products(graph, products):
             raise ValueError("a step has no matrix product or convolution of float32 numbers: leave amp out")
         self.one = StepGraph(simplify(graph), example)
+        self._graphs = {1: self.one}
 
-    @cached_property
+    @property
     def all(self) -> StepGraph:
         """A step of all S seeds, S in front of every tensor; of a single one, :attr:`one`."""
-        return self.one if self.num_seeds == 1 else side_by_side(self.one, self.num_seeds)
+        return self.side_by_side(self.num_seeds)
+
+    def side_by_side(self, count: int) -> StepGraph:
+        """A step of so many seeds; of a single one, :attr:`one`."""
+        if count not in self._graphs:
+            self._graphs[count] = _of_seeds(self.one, count)
+        return self._graphs[count]
 
     def _flat(self, *flat: Tensor) -> tuple[Tensor, ...]:
         carry, rest = Carry.unflatten(list(flat[: self.carried])), flat[self.carried :]
@@ -207,7 +215,7 @@ class TracedEngine:
             return _loop(one, self.calculus, carry, stream, start, count)
 
 
-def side_by_side(one: StepGraph, count: int) -> StepGraph:
+def _of_seeds(one: StepGraph, count: int) -> StepGraph:
     """A step of so many seeds: by ``vmap``, or where that fails as copies of the one."""
     example = [torch.stack([part] * count) for part in one.example]
     mapped = [True] * len(example)

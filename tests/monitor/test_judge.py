@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence, transform_to
 
 from bbvi_conv.engine.calculus import Calculus
+from bbvi_conv.engine.streams import Feed
 from bbvi_conv.families import FullRank, MeanField
+from bbvi_conv.monitor import judge
 from bbvi_conv.monitor.gradient_norm import squared_norm, total_gram
 from bbvi_conv.monitor.intervals import Estimate
 from bbvi_conv.monitor.judge import Judge, quietest
@@ -343,6 +345,33 @@ def test_matrices_and_gradients_come_from_independent_draws(monkeypatch: pytest.
     assert abs(value) < 4 * stderr
     covered = sum(g.low == 0.0 for g in gaps)
     assert covered >= 40 * 0.95 - 4 * math.sqrt(40 * 0.95 * 0.05)
+
+
+@pytest.mark.parametrize(
+    ("moved", "final", "cost", "draws"),
+    [(1.0, False, 0, 32), (1.0, True, 0, 128), (0.0, False, 0, 128), (1.0, False, judge.ROUGH_COST, 128)],
+)
+def test_curvature_comes_from_few_draws_where_the_run_is_sure_to_go_on(
+    moved: float, final: bool, cost: int, draws: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a window improves the bound by far more than the tolerance; not in the last check, nor of small models."""
+    x, noise, posterior = observations(3)
+    program = build(conjugate, None, (x, noise), family=MeanField())
+    here = at(program, posterior.mean, posterior.stddev)
+    asked: list[int] = []
+    products = Calculus.hessian_products
+
+    def counted(self: Calculus, x: Tensor, vectors: Tensor, feed: Feed) -> Tensor:
+        asked.append(len(feed.noise.normal))
+        return products(self, x, vectors, feed)
+
+    monkeypatch.setattr(judge, "ROUGH_COST", cost)
+    monkeypatch.setattr(Calculus, "hessian_products", counted)
+    before = at(program, posterior.mean + moved, posterior.stddev)
+    check = Judge(calculus(program), 0, tolerance=1e-3).check(100, here, before, final=final)
+    assert check.improvement.low is not None
+    assert (check.improvement.low > judge.SURE * 1e-3) == (moved > 0)
+    assert set(asked) == {draws}
 
 
 def flat(x: Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bbvi_conv.engine.native.library import processor
-from bbvi_conv.engine.native.matrices import Product, exported, part, turned
+from bbvi_conv.engine.native.matrices import Product, exported, part, turned, written
 from bbvi_conv.engine.native.plan import Kernel
 
 if TYPE_CHECKING:  # which imports the compiler
@@ -44,20 +44,13 @@ static void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld
 """
 """C++ text that the kernels need, once, after that of matrices."""
 
-_KERNEL = """
-static void {name}({arguments})
-{{
-    {parallel}
-    {{
-        const int64_t t = {thread};
+_BODY = """
         {before}
         const int64_t i0 = {rows[0]}, i1 = {rows[1]}, j0 = {columns[0]}, j1 = {columns[1]};
         {bias}
         multiply(i1 - i0, j1 - j0, {k}, {at[a]} + i0 * {step[a]}, {step[a]}, {at[b]} + j0, {step[b]},
                  {at[c]} + i0 * {step[c]} + j0, {step[c]}, {add});
         {after}
-    }}
-}}
 """
 
 
@@ -77,29 +70,21 @@ def kernel(product: Product, recorder: Recorder, threads: int, name: str) -> tup
     product = min(product, product.turned, key=lambda p: p.moves)
     matrices = {"a": product.a, "b": product.b, "c": product.c}
     (m, n), k = (product.c.rows, product.c.columns), product.a.columns
-    arguments = {"a": ("const float*", product.a.view.place), "b": ("const float*", product.b.view.place)}
-    arguments["c"] = ("float*", product.c.view.place)
-    if product.bias is not None:
-        arguments["bias"] = ("const float*", product.bias.place)
+    arguments = product.arguments()
     at, step = {letter: letter for letter in matrices}, {letter: each.step for letter, each in matrices.items()}
     for letter, each in matrices.items():
         if not each.by_rows:
             at[letter], step[letter] = f"own_{letter}", each.columns
             arguments[at[letter]] = ("float*", recorder.place(torch.empty(each.rows * each.columns)))
-    shared = threads > 1 and m * n * k >= SHARED
     before = [turned(letter, matrices[letter], at[letter]) for letter in "ab" if at[letter] != letter]
-    if before and shared:
+    if before:
         before.append("#pragma omp barrier")
     rows, columns = (part(m, 1), ("0", str(n))) if m > n else (("0", str(m)), part(n, 16))
     row = f"{at['c']} + i * {step['c']}"
     of_row, of_columns = f"std::fill({row} + j0, {row} + j1, bias[i])", f"std::copy(bias + j0, bias + j1, {row} + j0)"
     fill = f"for (int64_t i = i0; i < i1; ++i) {of_row if product.of_rows else of_columns};"
     to = f"c + j0 * {product.c.step} + i0, {product.c.step}"
-    text = _KERNEL.format(
-        name=name,
-        arguments=", ".join(f"{kind} {argument}" for argument, (kind, _) in arguments.items()),
-        parallel=f"#pragma omp parallel num_threads({threads})" if shared else "",
-        thread="omp_get_thread_num(), count = omp_get_num_threads()" if shared else "0, count = 1",
+    body = _BODY.format(
         before="\n        ".join(before),
         rows=rows,
         columns=columns,
@@ -110,5 +95,4 @@ def kernel(product: Product, recorder: Recorder, threads: int, name: str) -> tup
         add="false" if product.bias is None else "true",
         after="" if at["c"] == "c" else f"turn({at['c']} + i0 * {n} + j0, {n}, {to}, i1 - i0, j1 - j0);",
     )
-    kinds, places = zip(*arguments.values(), strict=True)
-    return Kernel(name, kinds, places), text
+    return written(name, arguments, body, threads if m * n * k >= SHARED else 1)

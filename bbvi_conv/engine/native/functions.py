@@ -74,7 +74,7 @@ def softplus_backward(grad: Tensor, x: Tensor, beta: float, threshold: float) ->
     if threshold < EXACT:
         return NotImplemented  # type: ignore[no-any-return]
     z, e = _decay(x, beta)
-    return grad * torch.where(z < 0, e, torch.ones_like(e)) / (1 + e)
+    return grad * torch.where(z < 0, e, 1.0) / (1 + e)
 
 
 def decompositions(others: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:

@@ -24,7 +24,7 @@ LARGE = 2**16
 
 _aten: Any = torch.ops.aten
 _SHAPES = (_aten.view.default, _aten.permute.default, _aten.reshape.default, _aten._unsafe_view.default)
-_PRODUCTS = (_aten.mm.default, _aten.addmm.default, torch.ops.bbvi_conv.sparse_product.default)
+_PRODUCTS = (*sparse.PRODUCTS, torch.ops.bbvi_conv.sparse_product.default)
 
 
 @torch.library.custom_op("bbvi_conv::joined", mutates_args=())
@@ -95,7 +95,7 @@ def _maker(part: View, made: Sequence[Instruction | Pending], recorder: Recorder
     """The product that was the last to touch the memory of a part, if it wrote the part and no more."""
     last = next((i for i in reversed(range(len(made))) if part.place.slot in _slots(made[i], recorder)), None)
     step = None if last is None else made[last]
-    if not isinstance(step, Call) or step.target not in (*CALLS, sparse.TARGET):
+    if not isinstance(step, Call) or step.target not in CALLS:
         return None
     out: View = step.kwargs["out"]
     rows, columns = out.size

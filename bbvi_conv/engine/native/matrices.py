@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from bbvi_conv.engine.native.plan import View
+from bbvi_conv.engine.native.plan import Kernel, Place, View
+
+Step = TypeVar("Step")
+"""Anything that a step does."""
 
 HELPERS = """
 #include <torch/csrc/inductor/cpp_prefix.h>
@@ -75,6 +79,49 @@ class Product(NamedTuple):
     def moves(self) -> int:
         """Numbers to be moved so that all is by rows."""
         return self.a.moves + self.b.moves + self.c.moves
+
+    @property
+    def kind(self) -> str:
+        """Type of its numbers in C++."""
+        return {"float32": "float", "float64": "double"}[self.c.view.dtype]
+
+    def arguments(self) -> dict[str, tuple[str, Place]]:
+        """Type and place of each pointer, ``a``, ``b``, ``c`` and, if there is one, ``bias``."""
+        read = {"a": self.a.view, "b": self.b.view, **({} if self.bias is None else {"bias": self.bias})}
+        found = {name: (f"const {self.kind}*", view.place) for name, view in read.items()}
+        return {**found, "c": (f"{self.kind}*", self.c.view.place)}
+
+
+_KERNEL = """
+static void {name}({arguments})
+{{
+    {parallel}
+    {{
+        const int64_t t = {thread};
+        {body}
+    }}
+}}
+"""
+
+
+def written(name: str, arguments: Mapping[str, tuple[str, Place]], body: str, threads: int) -> tuple[Kernel, str]:
+    """A kernel and its text.
+
+    Args:
+        name: of the kernel.
+        arguments: type and place of each pointer, by name.
+        body: what every thread does; it is number ``t`` of ``count``.
+        threads: how many.
+    """
+    text = _KERNEL.format(
+        name=name,
+        arguments=", ".join(f"{kind} {argument}" for argument, (kind, _) in arguments.items()),
+        parallel=f"#pragma omp parallel num_threads({threads})" if threads > 1 else "",
+        thread="omp_get_thread_num(), count = omp_get_num_threads()" if threads > 1 else "0, count = 1",
+        body=body.strip(),
+    )
+    kinds, places = zip(*arguments.values(), strict=True)
+    return Kernel(name, kinds, places), text
 
 
 def part(count: int, unit: int) -> tuple[str, str]:

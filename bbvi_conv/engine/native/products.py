@@ -8,19 +8,19 @@ torch's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from bbvi_conv.engine.native import blocks, matrices, routines, sparse, tiles
-from bbvi_conv.engine.native.matrices import Matrix, Product
+from bbvi_conv.engine.native.matrices import Matrix, Product, Step
 from bbvi_conv.engine.native.plan import Call, Kernel
 
 if TYPE_CHECKING:  # which imports the compiler
     from bbvi_conv.engine.native.recording import Recorder
 
-CALLS = ("aten.mm.out", "aten.addmm.out")
-"""What torch's products are recorded as."""
+_TORCHS = ("aten.mm.out", "aten.addmm.out")
 
-Step = TypeVar("Step")
+CALLS = (*_TORCHS, sparse.TARGET)
+"""What products are recorded as."""
 
 
 def makers() -> tuple[bool, ...]:
@@ -69,14 +69,14 @@ def _made(call: Call, recorder: Recorder, threads: int, name: str) -> tuple[Kern
         return made, [matrices.HELPERS, blocks.HELPERS, text]
     if routines.available():
         made, text = routines.kernel(product, name)
-        return made, [routines.HELPERS, text]
+        return made, [matrices.HELPERS, routines.HELPERS, text]
     return call, []
 
 
 def _product(call: Call) -> Product | None:
     """The product that a call is, if it is one of matrices of one type that lie by rows or by columns."""
     scales = [value for name, value in call.kwargs.items() if name != "out"]
-    if call.target not in CALLS or any(value != 1 for value in scales):
+    if call.target not in _TORCHS or any(value != 1 for value in scales):
         return None
     *biases, a, b = call.args
     given = (a, b, call.kwargs["out"])

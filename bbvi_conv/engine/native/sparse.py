@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from bbvi_conv.engine.native.matrices import Matrix, part, turned
+from bbvi_conv.engine.native.matrices import Matrix, Product, Step, part, turned, written
 from bbvi_conv.engine.native.plan import Call, Kernel, View
 
 if TYPE_CHECKING:  # which imports the compiler
@@ -109,29 +109,14 @@ static inline void combine_few(const int32_t* at, const float* value, int64_t co
 
 constexpr int64_t LANES = at::vec::Vectorized<float>::size(), MOST = LANES == 16 ? 13 : 10, GROUP = 32;
 
+// The same over so many vectors, up to U, and what is left over.
+template <int U = MOST>
 static inline void combine_all(const int32_t* at, const float* value, int64_t count, const float* b, int64_t step,
                                float* c, bool add, int64_t columns) {
-    const int64_t vectors = columns / LANES, rest = columns % LANES;
-    switch (vectors) {
-        case 0: break;
-        case 1: combine<1>(at, value, count, b, step, c, add); break;
-        case 2: combine<2>(at, value, count, b, step, c, add); break;
-        case 3: combine<3>(at, value, count, b, step, c, add); break;
-        case 4: combine<4>(at, value, count, b, step, c, add); break;
-        case 5: combine<5>(at, value, count, b, step, c, add); break;
-        case 6: combine<6>(at, value, count, b, step, c, add); break;
-        case 7: combine<7>(at, value, count, b, step, c, add); break;
-        case 8: combine<8>(at, value, count, b, step, c, add); break;
-        case 9: combine<9>(at, value, count, b, step, c, add); break;
-        case 10: combine<10>(at, value, count, b, step, c, add); break;
-        case 11: combine<11>(at, value, count, b, step, c, add); break;
-        case 12: combine<12>(at, value, count, b, step, c, add); break;
-        default: combine<13>(at, value, count, b, step, c, add);
-    }
-    if (rest) {
-        const int64_t done = vectors * LANES;
-        combine_few(at, value, count, b + done, step, c + done, add, rest);
-    }
+    const int64_t done = columns / LANES * LANES;
+    if (done == U * LANES) combine<U>(at, value, count, b, step, c, add);
+    else if constexpr (U > 1) return combine_all<U - 1>(at, value, count, b, step, c, add, columns);
+    if (done < columns) combine_few(at, value, count, b + done, step, c + done, add, columns - done);
 }
 
 // Columns in each of as few chunks as vectors in registers allow.
@@ -180,18 +165,11 @@ static void sparse_columns(int64_t n, int64_t k, const int32_t* at, const float*
 """.replace("DEPTH", str(DEPTH))
 """C++ text that the kernels need, once, after that of matrices."""
 
-_KERNEL = """
-static void {name}({arguments})
-{{
-    {parallel}
-    {{
-        const int64_t t = {thread};
+_BODY = """
         {before}
         list_rows({lists});
-        {barrier}
+        #pragma omp barrier
         {product};
-    }}
-}}
 """
 
 
@@ -208,7 +186,8 @@ def _(a: Tensor, b: Tensor, turned: bool) -> Tensor:
 
 
 _aten: Any = torch.ops.aten
-_PRODUCTS = (_aten.mm.default, _aten.addmm.default)
+PRODUCTS = (_aten.mm.default, _aten.addmm.default)
+"""Those of torch."""
 
 
 def mark(graph: GraphModule, data: Mapping[int, Tensor]) -> None:
@@ -225,12 +204,10 @@ def mark(graph: GraphModule, data: Mapping[int, Tensor]) -> None:
         if _is_pure(node) and follow.issuperset(node.all_input_nodes):
             follow.add(node)
     for node in list(graph.graph.nodes):
-        if node.target in _PRODUCTS and not node.kwargs and node.meta["tensor_meta"].dtype is torch.float32:
+        if node.target in PRODUCTS and not node.kwargs and node.meta["tensor_meta"].dtype is torch.float32:
             *bias, a, b = node.args
             rows, columns = node.meta["tensor_meta"].shape
-            sparse = [
-                side in follow and _worth_it(_value(side, known), others) for side, others in ((a, columns), (b, rows))
-            ]
+            sparse = [side in follow and _worth_it(side, known, others) for side, others in ((a, columns), (b, rows))]
             if any(sparse):
                 node.replace_all_uses_with(_product(graph, node, a, b, sparse[0], bias))
     graph.graph.eliminate_dead_code()
@@ -264,28 +241,27 @@ def _value(node: Node, known: dict[Node, Any]) -> Any:
     return known[node]
 
 
-def _worth_it(value: Tensor | None, others: int) -> bool:
-    """Whether its product with so many rows or columns is large, and most of it zero."""
-    if value is None or not LARGE / others <= value.numel() <= MOST:
+def _worth_it(side: Node, known: dict[Node, Any], others: int) -> bool:
+    """Whether the product of this matrix with so many rows or columns is large, and most of the matrix zero."""
+    shape = known[side].shape if side in known else side.meta["tensor_meta"].shape
+    if not LARGE / others <= shape.numel() <= MOST:
         return False
-    return int(value.count_nonzero()) <= DENSE * value.numel()
+    value = _value(side, known)
+    return value is not None and int(value.count_nonzero()) <= DENSE * value.numel()
 
 
 def _product(graph: GraphModule, node: Node, a: Node, b: Node, first: bool, bias: Sequence[Node]) -> Node:
     """In place of ``node``: the product of ours, whose first operand is the sparse one, plus the bias."""
 
     def call(target: Any, *args: Any) -> Node:
-        made = graph.graph.call_function(target, args)
-        made.meta["tensor_meta"] = node.meta["tensor_meta"]
-        return made
+        return graph.graph.call_function(target, args)
 
     with graph.graph.inserting_before(node):
         operands = (a, b) if first else [call(_aten.t.default, side) for side in (b, a)]
         made = call(torch.ops.bbvi_conv.sparse_product.default, *operands, not first)
-        return call(_aten.add.Tensor, made, *bias) if bias else made
-
-
-Step = TypeVar("Step")
+        made = call(_aten.add.Tensor, made, *bias) if bias else made
+    made.meta["tensor_meta"] = node.meta["tensor_meta"]
+    return made
 
 
 def given_place(code: Sequence[Step]) -> list[Step]:
@@ -320,11 +296,7 @@ def kernel(call: Call, recorder: Recorder, threads: int, name: str) -> tuple[Ker
         return None
     (m, k), n = (a.rows, a.columns), b.columns
     depth = k if across else DEPTH
-    arguments = {
-        "a": ("const float*", a.view.place),
-        "b": ("const float*", b.view.place),
-        "c": ("float*", c.view.place),
-    }
+    arguments = Product(a, b, c, None).arguments()
 
     def scratch(name: str, count: int, dtype: torch.dtype = torch.float32) -> None:
         kind = "float*" if dtype is torch.float32 else "int32_t*"
@@ -352,15 +324,4 @@ def kernel(call: Call, recorder: Recorder, threads: int, name: str) -> tuple[Ker
             f"sparse_rows({m}, {k}, at, value, begin, b, {b.step}, {b_by_columns}, c, {c.step}, "
             f"{columns[0]}, {columns[1]}, sum + t * {m * (n + 16)})"
         )
-    text = _KERNEL.format(
-        name=name,
-        arguments=", ".join(f"{kind} {argument}" for argument, (kind, _) in arguments.items()),
-        parallel=f"#pragma omp parallel num_threads({threads})" if threads > 1 else "",
-        thread="omp_get_thread_num(), count = omp_get_num_threads()" if threads > 1 else "0, count = 1",
-        before=before,
-        lists=lists,
-        barrier="#pragma omp barrier" if threads > 1 else "",
-        product=product,
-    )
-    kinds, places = zip(*arguments.values(), strict=True)
-    return Kernel(name, kinds, places), text
+    return written(name, arguments, _BODY.format(before=before, lists=lists, product=product), threads)

@@ -15,7 +15,6 @@ the largest finite ones, which would be rounded to infinity, make a result that 
 from __future__ import annotations
 
 import ctypes
-import platform
 import subprocess
 from functools import cache
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bbvi_conv.engine.native.library import compiler, processor
-from bbvi_conv.engine.native.matrices import Product, part
+from bbvi_conv.engine.native.matrices import Product, part, written
 from bbvi_conv.engine.native.plan import Kernel
 
 if TYPE_CHECKING:  # which imports the compiler
@@ -163,17 +162,10 @@ static void multiply_tiles(const float* a, int64_t lda, bool a_along, const floa
 """.replace("DEPTH", str(DEPTH))
 """C++ text that the kernels need, once, after that of matrices."""
 
-_KERNEL = """
-static void {name}({arguments})
-{{
-    {parallel}
-    {{
-        const int64_t t = {thread};
+_BODY = """
         multiply_tiles(a, {a.step}, {along_a}, b, {b.step}, {along_b}, {bias}, {of_rows}, c, {c.step}, {by_rows},
                        {m}, {n}, {k}, {rows[0]}, {rows[1]}, {columns[0]}, {columns[1]},
                        own + t * {own}, sums + t * {sums});
-    }}
-}}
 """
 
 
@@ -192,9 +184,7 @@ def _compiles() -> bool:
 
 
 def _lent() -> bool:
-    """Ask for the registers, for the whole process."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return False
+    """Ask for the registers, for the whole process; only Linux names a processor's tiles, so Linux it is."""
     return bool(ctypes.CDLL(None).syscall(_SYSCALL, _REQUEST, _TILE_DATA) == 0)
 
 
@@ -211,17 +201,12 @@ def kernel(product: Product, recorder: Recorder, threads: int, name: str) -> tup
     m, n, k = c.rows, c.columns, a.columns
     pairs, deep = -(-n // 32), k > 32 * DEPTH
     own, sums = 2 * pairs * DEPTH * 768, -(-m // 32) * pairs * 1024 if deep else 0
-    arguments = {"a": ("const float*", a.view.place), "b": ("const float*", b.view.place)}
-    if bias is not None:
-        arguments["bias"] = ("const float*", bias.place)
-    arguments["c"] = ("float*", c.view.place)
-    arguments["own"] = ("uint32_t*", recorder.place(torch.empty(threads * own, dtype=torch.int32)))
-    arguments["sums"] = ("float*", recorder.place(torch.empty(max(1, threads * sums))))
-    text = _KERNEL.format(
-        name=name,
-        arguments=", ".join(f"{kind} {argument}" for argument, (kind, _) in arguments.items()),
-        parallel=f"#pragma omp parallel num_threads({threads})" if threads > 1 else "",
-        thread="omp_get_thread_num(), count = omp_get_num_threads()" if threads > 1 else "0, count = 1",
+    arguments = {
+        **product.arguments(),
+        "own": ("uint32_t*", recorder.place(torch.empty(threads * own, dtype=torch.int32))),
+        "sums": ("float*", recorder.place(torch.empty(max(1, threads * sums)))),
+    }
+    body = _BODY.format(
         **{"a": a, "b": b, "c": c, "m": m, "n": n, "k": k},
         along_a=str(a.by_rows).lower(),
         along_b=str(not b.by_rows).lower(),
@@ -233,8 +218,7 @@ def kernel(product: Product, recorder: Recorder, threads: int, name: str) -> tup
         own=own,
         sums=sums,
     )
-    kinds, places = zip(*arguments.values(), strict=True)
-    return Kernel(name, kinds, places), text
+    return written(name, arguments, body, threads)
 
 
 def _turns(product: Product) -> float:
