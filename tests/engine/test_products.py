@@ -127,7 +127,7 @@ SQUARE = [(200, 200), (200, 200)]
 
 
 def test_tiles_keep_all_digits(generated: Callable[[], str], let_make: Callable[[str], None]) -> None:
-    """Of numbers of all sizes, no larger an error than torch's float32; two parts of three would be 30 times worse."""
+    """Of numbers of all sizes, no larger an error than torch's float32; two parts of three would be 18 times worse."""
     let_make("tiles")
     gen = torch.Generator().manual_seed(0)
     given = [torch.randn(size, generator=gen) * torch.randn(size, generator=gen).mul(4).exp() for size in SQUARE]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from bbvi_conv.engine.native import NativeLoop, routines
+from bbvi_conv.engine.native import NativeLoop, routines, sparse
 from bbvi_conv.program.trace import to_graph
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -108,10 +108,13 @@ def test_bytes_and_what_is_made_of_them() -> None:
     torch.testing.assert_close(made[0], scaled(w, images[:64])[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("reason", ["dense", "shifted", "not data", "small", "float64", "half of it zero"])
-def test_which_products_stay_dense(reason: str) -> None:
+@pytest.mark.parametrize("reason", ["dense", "shifted", "not data", "small", "float64", "half of it zero", "too large"])
+def test_which_products_stay_dense(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     share = {"dense": 1.0, "half of it zero": 0.5}.get(reason, 0.1)
     rows = 2 if reason == "small" else 64
+    if reason == "too large":
+        monkeypatch.setattr(sparse, "MOST", 64 * 784 - 1)
+        monkeypatch.setattr(sparse, "_value", lambda *_: pytest.fail("what is too large is not even computed"))
     dtype = torch.float64 if reason == "float64" else torch.float32
     data = zeros_and_more(300, 784, share=share).to(dtype)
     w, z = torch.randn(784, 64, dtype=dtype), data[:rows].clone()
@@ -180,6 +183,7 @@ def test_operands_with_gaps_are_multiplied_by_torch(form: str) -> None:
 
     function = apart if form == "columns apart" else repeated
     loop = NativeLoop(to_graph(function, w, x), [w, x], 0, 1)
+    assert marked(loop._graph) == len(function(w, x))
     loop.load()
     _, made = loop([], [w[None]], 1)
     for values, expected in zip(made, function(w, x), strict=True):
