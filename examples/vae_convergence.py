@@ -3,12 +3,14 @@
     python examples/vae_convergence.py --out runs/vae_convergence
     python examples/vae_convergence.py --out runs/quick --quick
     python examples/vae_convergence.py --out runs/vae_convergence --only optimisers --only "tighter bounds"
+    python examples/vae_convergence.py --out runs/vae_convergence --all
 
 Squared gradient norm and test bound of several seeds against steps and against seconds, with Adam and SGD under step
 sizes C / sqrt(n) and, for contrast, Adam with constant steps; the ReLU twin; and for tighter bounds the IWAE over K,
 growing K and the Renyi bound. First of the dense Deep Gaussian VAE on MNIST, bounded as the theorem asks, then of the
 convolutional one with soft-clipped outputs, and of this also: beta-VAE; one more dense or convolutional layer; other
-beta1; the grid of B and K. Every row is kept as it is measured.
+beta1; the grid of B and K. By default the rows of ``FIRST``, which two cores make in an hour; the others by ``--only``,
+or by ``--all`` in three. Every row is kept as it is measured.
 Source: Surendran et al. (2025), theorem for Adam and its experiments.
 """
 
@@ -83,6 +85,11 @@ CLOSE = Strata(min_length=1, growth=0.1)
 _adam = partial(bc.TheoremAdam, 0.01, 500.0)
 ADAM = _adam()
 DENSE_ADAM = bc.TheoremAdam(0.02, radius=200.0)
+FIRST = (
+    *("dense, adam", "dense, sgd", "dense, adam, constant 0.3", "dense, ReLU, unbounded", "dense, tighter bounds"),
+    *("adam", "sgd", "beta 4", "ReLU, unclipped", "B 16, K 1"),
+)
+"""Rows, or groups of them, of a run at default size."""
 
 
 def rows(size: Size) -> dict[str, Row]:
@@ -271,6 +278,9 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="small networks and few steps, for a test")] = False,
     full: Annotated[bool, typer.Option("--full", help="the paper's sizes, for a GPU")] = False,
     only: Annotated[list[str] | None, typer.Option(help="a row's name or group; may be given again")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="all rows at default size, which takes three hours")
+    ] = False,
     data: Annotated[str, typer.Option(help="cifar100 or celeba")] = "cifar100",
     engine: Annotated[str, typer.Option(help="of the steps")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
@@ -289,7 +299,8 @@ def run(
     size = SIZES[chosen_size]
     size = replace(size, steps=steps or size.steps, conv_draws=draws or size.conv_draws)
     known = rows(size)
-    chosen = pick(only, {name: row.group for name, row in known.items()})
+    first = FIRST if chosen_size == "default" and not everything else None
+    chosen = pick(only or first, {name: row.group for name, row in known.items()})
     of_rows = ("batch", "draws", "conv_draws")  # a row says its own
     sizes = {name: value for name, value in asdict(size).items() if name not in of_rows}
     settings = {"preset": chosen_size, "data": data, "seed": seed, **sizes, "channels": list(size.channels)}

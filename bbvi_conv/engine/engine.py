@@ -97,7 +97,7 @@ def step(calculus: Calculus, optimiser: Optimiser, carry: Carry, noise: Noise, b
     with torch.no_grad():
         x, state = optimiser.update(grad, carry.state, carry.x, n)
         moved = Carry(x, state, include(carry.average, x), n, carry.bad)
-        fine = torch.isfinite(loss) & torch.isfinite(grad.sum()) & (carry.bad < 0)
+        fine = torch.isfinite(loss) & torch.isfinite(grad.abs().amax()) & (carry.bad < 0)
         kept = [torch.where(fine, new, old) for new, old in zip(moved.flat(), carry.flat(), strict=True)]
         kept[-1] = torch.where(fine | (carry.bad >= 0), carry.bad, carry.step)
         return Carry.unflatten(kept), loss

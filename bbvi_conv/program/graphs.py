@@ -16,6 +16,7 @@ _SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.l
 _RESHAPES = (_aten.view.default, _aten.expand.default, _aten.reshape.default, _aten._unsafe_view.default)
 _ONE = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 _ZERO = (_aten.add.Tensor, _aten.sub.Tensor)
+_TURNS = (_aten.t.default, _aten.permute.default, _aten.transpose.int)
 _FILLS = {_aten.fill_.Scalar: _aten.full_like.default, _aten.zero_.default: _aten.zeros_like.default}
 """``aten.fill`` and ``aten.zero``, which give a result of their own, have no ``vmap`` rule."""
 
@@ -120,19 +121,21 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
 
 
 def simplify(graph: GraphModule) -> GraphModule:
-    """The same function without what it computes twice and what changes nothing; changes ``graph`` and returns it.
+    r"""The same function without what it computes twice and what changes nothing; changes ``graph`` and returns it.
 
     For graphs that nobody differentiates any more: ``detach`` has done its work there. A guide that runs twice at equal
-    parameters, as sticking the landing has it, then runs once.
+    parameters, as sticking the landing has it, then runs once; and of the two equal halves of the gradient of a
+    function of :math:`A A^\top` one.
     """
     seen: dict[Any, Node] = {}
+    symmetric: set[Node] = set()
     for node in list(graph.graph.nodes):
         if node.op not in ("call_function", "get_attr"):
             continue
         _give_anew(node)
         if _changes(node) or any(_changes(user) and user.args[0] is node for user in node.users):
             continue
-        same, key = _same_as(node), _key(node)
+        same, key = _same_as(node) or _turned_back(node, symmetric), _key(node)
         if same is None:
             same = seen.setdefault(key, node)
         if same is not node:
@@ -140,6 +143,8 @@ def simplify(graph: GraphModule) -> GraphModule:
             graph.graph.erase_node(node)
         elif _is_log_of_own_value(node):
             seen[key] = _make_zero(graph, node)
+        elif _is_symmetric(node, symmetric):
+            symmetric.add(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -180,6 +185,45 @@ def _same_as(node: Node) -> Node | None:
         neutral is not None and isinstance(node.args[1], (int, float)) and node.args[1] == neutral
     )
     return source if kept and unchanged else None
+
+
+def _turned_back(node: Node, symmetric: set[Node]) -> Node | None:
+    """What a matrix turned over twice was, or a symmetric one is."""
+    source = _turned(node)
+    if source is None or _kind(node) is None:
+        return None
+    return source if source in symmetric else _turned(source)
+
+
+def _turned(node: Node) -> Node | None:
+    """The matrix that the node is the transpose of, if it is one."""
+    if node.target not in _TURNS or not isinstance(node.args[0], Node):
+        return None
+    kind = _kind(node.args[0])
+    if kind is None or len(kind[0]) != 2:
+        return None
+    order = [n % 2 for n in (node.args[1] if node.target is _aten.permute.default else node.args[1:]) or (1, 0)]  # type: ignore[union-attr,operator]
+    return node.args[0] if order == [1, 0] or (order == [0, 1] and node.target is _aten.transpose.int) else None
+
+
+def _is_symmetric(node: Node, symmetric: set[Node]) -> bool:
+    """Whether a matrix is a product with its own transpose, or computed, number by number, from such ones alone."""
+    kind = _kind(node)
+    if kind is None or len(kind[0]) != 2 or kind[0][0] != kind[0][1]:
+        return False
+    if node.target is _aten.mm.default:
+        first, second = node.args
+        return _turned(first) is second or _turned(second) is first  # type: ignore[arg-type]
+    if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+        return False
+    return all(n in symmetric or _is_one_number(n) for n in node.all_input_nodes)
+
+
+def _is_one_number(node: Node) -> bool:
+    """Whether a tensor repeats a single number."""
+    source = node.args[0] if node.target is _aten.expand.default else node
+    kind = _kind(source) if isinstance(source, Node) else None
+    return kind is not None and set(kind[0]) <= {1}
 
 
 def _kind(node: Node) -> tuple[Any, ...] | None:

@@ -7,6 +7,10 @@ Raises:
 from __future__ import annotations
 
 import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
 
 with warnings.catch_warnings():  # deprecated parts of torch that torch itself imports
     warnings.simplefilter("ignore")
@@ -17,6 +21,7 @@ with warnings.catch_warnings():  # deprecated parts of torch that torch itself i
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.graph import GraphLowering
     from torch._inductor.inductor_prims import force_stride_order
+    from torch._inductor.lowering import register_lowering
     from torch._inductor.select_algorithm import extern_kernels
     from torch._inductor.virtualized import V
     from torch._subclasses import FakeTensorMode
@@ -34,5 +39,23 @@ __all__ = [
     "force_stride_order",
     "fx_graph_cse",
     "select_decomp_table",
+    "stored",
     "tracing",
 ]
+
+
+@torch.library.custom_op("bbvi_conv::stored", mutates_args=())
+def stored(value: Tensor) -> Tensor:
+    """The same value, in the generated code computed once and kept; Inductor has no such order for single numbers."""
+    return value.clone()
+
+
+@stored.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
+
+
+@register_lowering(torch.ops.bbvi_conv.stored.default, type_promotion_kind=None)
+def _store(value: Any) -> Any:
+    value.realize()
+    return value

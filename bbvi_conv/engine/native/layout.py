@@ -12,12 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 
-from bbvi_conv.engine.native.inductor import force_stride_order
+from bbvi_conv.engine.native.inductor import force_stride_order, stored
 
 REPEATED = 16
 """Times that an operand of an operation on single numbers is repeated, from which it is settled first."""
+
+MANY = 2**12
+"""Numbers that a single one meets, from which it is kept; for fewer, the order of loops gains more than it costs."""
+
+_aten = torch.ops.aten
+_FUNCTIONS = {
+    *(_aten.pow.Tensor_Scalar, _aten.pow.Tensor_Tensor, _aten.pow.Scalar, _aten.exp.default, _aten.log.default),
+    *(_aten.sqrt.default, _aten.rsqrt.default, _aten.div.Tensor, _aten.reciprocal.default, _aten.tanh.default),
+    *(_aten.log1p.default, _aten.expm1.default, _aten.sigmoid.default, _aten.softplus.default),
+}
+"""What is worth keeping where its value, a single number, meets many."""
 
 _FORWARD, _BACKWARD = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
 
@@ -33,6 +44,12 @@ class Ordered(Interpreter):
     def __init__(self, graph: GraphModule, bits: int) -> None:
         super().__init__(graph)
         self._bits = bits
+        self._dear = _dear(graph)
+
+    def run_node(self, n: Node) -> Any:
+        """As it is; operands that are single numbers and dear to compute are kept where they are repeated."""
+        value = super().run_node(n)
+        return settled(value) if n in self._dear else value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """As it is, but for convolutions of images and their gradients."""
@@ -95,8 +112,30 @@ def _settled_where_spread(args: Any) -> Any:
     return tuple(_in_order(value) if small(value) else value for value in args)
 
 
+def _dear(graph: GraphModule) -> set[Node]:
+    """Single numbers that take a function or a division to compute, where they meet many others."""
+    found: set[Node] = set()
+    dear: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+            continue
+        if _count(node) == 1:
+            if node.target in _FUNCTIONS or any(n in dear for n in node.all_input_nodes):
+                dear.add(node)
+        elif _count(node) >= MANY:
+            found |= {n for n in node.all_input_nodes if n in dear}
+    return found
+
+
+def _count(node: Node) -> int:
+    made = node.meta.get("tensor_meta")
+    return 0 if made is None else made.shape.numel()
+
+
 def settled(value: Tensor) -> Tensor:
     """Computed in its own shape: read as a vector, as gradients are, each number would be looked for by division."""
+    if value.numel() == 1:
+        return stored(value)  # type: ignore[no-any-return]
     return force_stride_order(value, list(value.stride()))  # type: ignore[no-any-return]
 
 

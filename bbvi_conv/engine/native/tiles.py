@@ -37,6 +37,9 @@ LEAST = 32
 DEPTH = 4
 """Tiles that follow each other in a sum before others are: those of two rows of tiles stay in the innermost cache."""
 
+NEAR = 2**19
+"""Bytes of parts of a matrix that stay in the second cache: if so few are all, all tiles of a sum follow each other."""
+
 _REQUEST, _TILE_DATA, _SYSCALL = 0x1023, 18, 158
 """Linux lends the registers of tiles to a process that asks for them: ``arch_prctl(ARCH_REQ_XCOMP_PERM, ...)``."""
 
@@ -67,37 +70,54 @@ static inline __mmask16 first(int64_t count) {
     return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
 
-// Tile i, of 16 of n, and its blocks q0 to q1, of 32 of k, of a matrix; three parts of each. `along`: what follows each
-// other in memory is of one i. Numbers k and k + 16 of a block make a pair. A tile holds the pairs of an i side by
-// side, or `across`, those of all i.
-static inline void pack(const float* x, int64_t step, bool along, bool across, int64_t n, int64_t k, int64_t i,
-                        int64_t q0, int64_t q1, uint32_t* to) {
-    alignas(64) __m512i own[48];
-    const bool turned = along == across;
-    for (int64_t q = q0; q < q1; ++q, to += 768) {
-        __m512i* rows = turned ? own : (__m512i*)to;
-        for (int64_t r = 0; r < 16; ++r) {
-            __m512 a = _mm512_setzero_ps(), b = a;
-            if (along) {
-                const float* from = x + (i * 16 + r) * step + q * 32;
-                if (i * 16 + r < n) {
-                    a = _mm512_maskz_loadu_ps(first(k - q * 32), from);
-                    b = _mm512_maskz_loadu_ps(first(k - q * 32 - 16), from + 16);
-                }
-            } else {
-                const float* from = x + (q * 32 + r) * step + i * 16;
-                if (q * 32 + r < k) a = _mm512_maskz_loadu_ps(first(n - i * 16), from);
-                if (q * 32 + 16 + r < k) b = _mm512_maskz_loadu_ps(first(n - i * 16), from + 16 * step);
+// Tiles of a matrix whose numbers are taken apart one block after the other: tiles of 16 of n, from the one numbered
+// `tile` on, and of each so many blocks of 32 of k, from the one numbered `block` on, three parts of each. `along`:
+// what follows each other in memory is of one of n. Numbers k and k + 16 of a block make a pair. A tile holds the pairs
+// of one of n side by side, or `across`, those of all.
+struct Parts {
+    const float* x;
+    int64_t step;
+    bool along, across;
+    int64_t n, k, tile, block, blocks;
+    uint32_t* to;
+    int64_t left, done = 0;
+
+    void take() {
+        alignas(64) __m512i own[48];
+        const bool turned = along == across;
+        const int64_t i = (tile + done / blocks) * 16, q = (block + done % blocks) * 32;
+        uint32_t* into = to + 768 * done;
+        __m512i* rows = turned ? own : (__m512i*)into;
+        if (along) {
+            const __mmask16 low = first(k - q), high = first(k - q - 16);
+            const float* from = x + i * step + q;
+            #pragma GCC unroll 4
+            for (int64_t r = 0; r < 16; ++r, from += step) {
+                const bool within = i + r < n;
+                split(_mm512_maskz_loadu_ps(within ? low : 0, from),
+                      _mm512_maskz_loadu_ps(within ? high : 0, from + 16), rows + r, 16);
             }
-            split(a, b, rows + r, 16);
+        } else {
+            const __mmask16 mask = first(n - i);
+            const float* from = x + q * step + i;
+            #pragma GCC unroll 4
+            for (int64_t r = 0; r < 16; ++r, from += step)
+                split(_mm512_maskz_loadu_ps(q + r < k ? mask : 0, from),
+                      _mm512_maskz_loadu_ps(q + 16 + r < k ? mask : 0, from + 16 * step), rows + r, 16);
         }
         if (turned)
-            for (int p = 0; p < 3; ++p) turn((float*)(own + 16 * p), 16, (float*)(to + 256 * p), 16, 16, 16);
+            for (int p = 0; p < 3; ++p) turn((float*)(own + 16 * p), 16, (float*)(into + 256 * p), 16, 16, 16);
+        ++done;
+        --left;
     }
-}
 
-// Four tiles of sums, of two tiles of a and two of b, each of so many blocks; the first parts of a come last.
-static inline void add_four(const uint32_t* a, const uint32_t* b, int64_t blocks, bool begin, float* sums) {
+    void take_until(int64_t count) { while (done < count) take(); }
+};
+
+// Four tiles of sums, of two tiles of a and two of b, each of so many blocks; the first parts of a come last. Meanwhile
+// what is needed next is taken apart, so that it need not be waited for.
+static inline void add_four(const uint32_t* a, const uint32_t* b, int64_t blocks, bool begin, float* sums,
+                            Parts& now, Parts& soon, Parts& later) {
     const int64_t next = blocks * 768;
     if (begin) { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); }
     else { _tile_loadd(0, sums, 64); _tile_loadd(1, sums + 256, 64); _tile_loadd(2, sums + 512, 64);
@@ -106,7 +126,9 @@ static inline void add_four(const uint32_t* a, const uint32_t* b, int64_t blocks
 #define OF_B(p) _tile_loadd(6, b + 256 * p, 64); _tile_loadd(7, b + next + 256 * p, 64);
 #define ADD _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
     for (int64_t q = 0; q < blocks; ++q, a += 768, b += 768) {
-        OF_A(2) OF_B(0) ADD OF_A(1) ADD OF_B(1) ADD OF_A(0) ADD OF_B(2) ADD OF_B(0) ADD
+        OF_A(2) OF_B(0) ADD OF_A(1) ADD OF_B(1) ADD
+        if (now.left) now.take(); else if (soon.left) soon.take(); else if (later.left) later.take();
+        OF_A(0) ADD OF_B(2) ADD OF_B(0) ADD
     }
 #undef OF_A
 #undef OF_B
@@ -133,38 +155,53 @@ static inline void write(float* sums, const float* bias, bool of_rows, float* c,
 }
 
 // c = a b over rows i0 to i1 and columns j0 to j1, which begin with a pair of tiles; `a_along`: a lies by rows,
-// `b_along`: b lies by columns. own: memory for a chunk of b, and sums: for those of all its pairs of tiles.
+// `b_along`: b lies by columns. k is gone through in chunks of so many blocks. own: memory for two chunks of a pair of
+// tiles of a and of all of b, and sums: for those of all pairs, if there is more than one chunk.
 static void multiply_tiles(const float* a, int64_t lda, bool a_along, const float* b, int64_t ldb, bool b_along,
-                           const float* bias, bool of_rows, float* c, int64_t ldc, bool by_rows,
-                           int64_t m, int64_t n, int64_t k, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                           const float* bias, bool of_rows, float* c, int64_t ldc, bool by_rows, int64_t m, int64_t n,
+                           int64_t k, int64_t depth, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                            uint32_t* own, float* sums) {
     if (i0 >= i1 || j0 >= j1) return;
-    alignas(64) uint32_t chunk[2 * DEPTH * 768];
     alignas(64) float one[1024];
     tiles_begin();
-    const int64_t blocks = (k + 31) / 32, pairs = (j1 - j0 + 31) / 32;
-    for (int64_t q = 0; q < blocks; q += DEPTH) {
-        const int64_t end = std::min<int64_t>(blocks, q + DEPTH), size = (end - q) * 768;
-        for (int64_t j = 0; j < 2 * pairs; ++j) pack(b, ldb, b_along, true, n, k, j0 / 16 + j, q, end, own + j * size);
+    const int64_t blocks = (k + 31) / 32, pairs = (j1 - j0 + 31) / 32, size = 2 * depth * 768;
+    const auto of_a = [&](int64_t q, int64_t i, int64_t turn) {
+        const int64_t deep = std::max<int64_t>(0, std::min(depth, blocks - q));
+        return Parts{a, lda, a_along, false, m, k, i / 16, q, deep, own + turn % 2 * size, 2 * deep};
+    };
+    const auto of_b = [&](int64_t q) {
+        const int64_t deep = std::max<int64_t>(0, std::min(depth, blocks - q));
+        return Parts{b, ldb, b_along, true, n, k, j0 / 16, q, deep, own + (2 + q / depth % 2 * pairs) * size,
+                     2 * pairs * deep};
+    };
+    int64_t turn = 0;
+    Parts now = of_b(0), soon = of_a(0, i0, turn);
+    for (int64_t q = 0; q < blocks; q += depth) {
+        const int64_t end = std::min(blocks, q + depth), deep = end - q;
+        Parts later = of_b(end);
         for (int64_t i = i0; i < i1; i += 32) {
-            for (int64_t u = 0; u < 2; ++u) pack(a, lda, a_along, false, m, k, i / 16 + u, q, end, chunk + u * size);
+            soon.take_until(2 * deep);
+            const uint32_t* rows_of_a = soon.to;
+            soon = i + 32 < i1 ? of_a(q, i + 32, ++turn) : of_a(end, i0, ++turn);
             for (int64_t j = 0; j < pairs; ++j) {
-                float* four = blocks > DEPTH ? sums + ((i - i0) / 32 * pairs + j) * 1024 : one;
-                add_four(chunk, own + 2 * j * size, end - q, q == 0, four);
+                now.take_until(2 * (j + 1) * deep);
+                float* four = blocks > depth ? sums + ((i - i0) / 32 * pairs + j) * 1024 : one;
+                add_four(rows_of_a, now.to + 2 * j * deep * 768, deep, q == 0, four, now, soon, later);
                 for (int64_t v = 0; end == blocks && v < 4; ++v)
                     write(four + 256 * v, bias, of_rows, c, ldc, by_rows, m, n, i + v / 2 * 16,
                           j0 + j * 32 + v % 2 * 16);
             }
         }
+        now = later;
     }
     _tile_release();
 }
-""".replace("DEPTH", str(DEPTH))
+"""
 """C++ text that the kernels need, once, after that of matrices."""
 
 _BODY = """
         multiply_tiles(a, {a.step}, {along_a}, b, {b.step}, {along_b}, {bias}, {of_rows}, c, {c.step}, {by_rows},
-                       {m}, {n}, {k}, {rows[0]}, {rows[1]}, {columns[0]}, {columns[1]},
+                       {m}, {n}, {k}, {depth}, {rows[0]}, {rows[1]}, {columns[0]}, {columns[1]},
                        own + t * {own}, sums + t * {sums});
 """
 
@@ -199,15 +236,17 @@ def kernel(product: Product, recorder: Recorder, threads: int, name: str) -> tup
     """A product, or its transpose: whichever turns less. Threads share its longer side, and split what they need."""
     a, b, c, bias, of_rows = product = min(product, product.turned, key=_turns)
     m, n, k = c.rows, c.columns, a.columns
-    pairs, deep = -(-n // 32), k > 32 * DEPTH
-    own, sums = 2 * pairs * DEPTH * 768, -(-m // 32) * pairs * 1024 if deep else 0
+    pairs, blocks = -(-n // 32), -(-k // 32)
+    depth = blocks if 6144 * blocks * -(-n // (32 if m >= n else 32 * threads)) <= NEAR else DEPTH
+    chunks = min(2, -(-blocks // depth))
+    own, sums = 2 * (2 + chunks * pairs) * depth * 768, -(-m // 32) * pairs * 1024 if chunks > 1 else 0
     arguments = {
         **product.arguments(),
         "own": ("uint32_t*", recorder.place(torch.empty(threads * own, dtype=torch.int32))),
         "sums": ("float*", recorder.place(torch.empty(max(1, threads * sums)))),
     }
     body = _BODY.format(
-        **{"a": a, "b": b, "c": c, "m": m, "n": n, "k": k},
+        **{"a": a, "b": b, "c": c, "m": m, "n": n, "k": k, "depth": depth},
         along_a=str(a.by_rows).lower(),
         along_b=str(not b.by_rows).lower(),
         by_rows=str(c.by_rows).lower(),
