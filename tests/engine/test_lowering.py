@@ -42,6 +42,23 @@ def test_divisions_are_few(function, sizes, divisions: int, generated: Callable[
     assert len([above for above in re.findall(r"= (tmp\d+) / tmp\d+;", once) if above not in ones]) == divisions
 
 
+def bounded(weight: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
+    """A large matrix times a power of a number that is computed."""
+    return (weight * (norm * norm + 256.0) ** -0.25 + weight,)
+
+
+def test_a_function_of_a_single_number_is_not_computed_for_every_number(generated: Callable[[], str]) -> None:
+    given = [torch.randn(100, 64), torch.tensor(3.0)]
+    loop = NativeLoop(to_graph(bounded, *given), given, 1, 0)
+    loop.load()
+    (made,), _ = loop(given[:1], [], 1)
+    torch.testing.assert_close(made, bounded(*given)[0])
+    body = generated()
+    body = body[body.index("static void") : body.index("static int step")]
+    assert body.count("std::pow") == 1
+    assert body.index("std::pow") < body.index("for(")
+
+
 def of_seeds(params: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
     """32 seeds beside each other: an intercept of each, between its other parameters, meets 500 rows."""
     return (torch.exp(rows + params[:, 0] * params[:, 1]),)

@@ -62,5 +62,6 @@ def test_the_rows_are_what_the_study_is_about() -> None:
     assert {row.dense is None for row in rows.values() if not row.group.startswith("dense")} == {True}
     assert isinstance(rows["adam"].optimiser.step_size, bc.InverseSqrt)
     assert isinstance(rows["adam, constant 0.05"].optimiser.step_size, bc.Constant)
+    assert set(study.FIRST) <= {*rows, *(row.group for row in rows.values())}
     with pytest.raises(TypeError):
         study.Row("depth")

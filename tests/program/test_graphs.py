@@ -69,3 +69,45 @@ def test_what_is_filled_is_mapped_without_a_loop(capfd: pytest.CaptureFixture[st
     assert "batching rule" not in capfd.readouterr().err
     for ours, expected in zip(made, filled(x), strict=True):
         assert torch.equal(ours, expected)
+
+
+def of_gram(w: Tensor) -> Tensor:
+    """A function of W W^T, as a layer with a bounded norm has it."""
+    gram = w @ w.T
+    return (w * (256.0 + (gram.square() * gram.exp()).sum()) ** -0.25).sum()
+
+
+def of_gram_and_rows(w: Tensor) -> Tensor:
+    """A function of W W^T times a row, which is not symmetric."""
+    return ((w @ w.T) * w[:, 0]).sum()
+
+
+def of_two(w: Tensor) -> Tensor:
+    """Of a product with another matrix's transpose."""
+    return (w @ (2 * w).exp().T).square().sum()
+
+
+@pytest.mark.parametrize(("function", "products"), [(of_gram, 2), (of_gram_and_rows, 3), (of_two, 3)])
+def test_the_two_halves_of_a_symmetric_gradient_are_computed_once(
+    function: Callable[[Tensor], Tensor], products: int
+) -> None:
+    w = 0.1 * torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradient = torch.func.grad(function)
+    graph = to_graph(lambda w: (gradient(w),), w, functional=False)
+    made = [node.target for node in simplify(graph).graph.nodes]
+    used = [target for target in made if target is torch.ops.aten.mm.default]
+    assert len(used) <= products
+    torch.testing.assert_close(graph(w)[0], gradient(w))
+
+
+def test_transposes_that_undo_each_other_are_left_out() -> None:
+    def turned(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return (x.t().transpose(0, 1) + x.permute(1, 0).permute(-1, -2) + x.permute(0, 1), y.permute(1, 2, 0), x.t())
+
+    x, y = torch.randn(2, 3), torch.randn(2, 3, 4)
+    graph = to_graph(turned, x, y, functional=False)
+    simplify(graph)
+    left = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert len(left) <= 5
+    for ours, expected in zip(graph(x, y), turned(x, y), strict=True):
+        assert torch.equal(ours, expected)
