@@ -34,9 +34,10 @@ _SHAPES = {_aten.t.default, _aten.permute.default, _aten.transpose.int, _aten.vi
 class CompiledEngine:
     """Runs T steps of a traced engine's graph in one call: no Python, no allocation between them.
 
-    Rows of a minibatch are gathered inside the loop from the resident data. Several seeds run side by side, many of
-    them in a group for each thread; or where :func:`in_turn` says so one after another, each a block of steps, and as
-    many at a time as torch has threads.
+    Whether losses and gradients are finite is not looked at in the loop, where it would take as long as reading the
+    gradient once more: NaN and infinity stay, so that the end of the loop tells. Rows of a minibatch are gathered
+    inside the loop from the resident data. Several seeds run side by side, many of them in a group for each thread; or
+    where :func:`in_turn` says so one after another, each a block of steps, and as many at a time as torch has threads.
 
     Args:
         traced: the engine whose steps these are.
@@ -59,7 +60,8 @@ class CompiledEngine:
         threads = torch.get_num_threads()
         self.at_once = min(threads, self.num_seeds) if self.in_turn else _groups(self.num_seeds, threads)
         self._group = 1 if self.in_turn else self.num_seeds // self.at_once
-        graph, example, _ = traced.side_by_side(self._group)
+        self._traced = traced
+        graph, example, _ = traced.unchecked(self._group)
         self._gathers = program.minibatch is not None and not program.by_index
         self._loop = NativeLoop(
             graph,
@@ -69,7 +71,6 @@ class CompiledEngine:
             resident=[program.args[i] for i in program.batched] if self._gathers else (),
             threads=1 if self.at_once > 1 else _threads(graph),
         )
-        self._free: SimpleQueue[NativeLoop] = SimpleQueue()
 
     @property
     def cached(self) -> bool:
@@ -79,6 +80,7 @@ class CompiledEngine:
     def prepare(self) -> bool:
         """Compile, or load what an earlier process compiled; whether it was made now."""
         made = self._loop.load()
+        self._free: SimpleQueue[NativeLoop] = SimpleQueue()
         for loop in (self._loop, *(self._loop.twin() for _ in range(self.at_once - 1))):
             self._free.put(loop)
         if self.at_once > 1:
@@ -86,6 +88,18 @@ class CompiledEngine:
         return made
 
     def advance(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
+        """Run the steps unchecked; where their end is not finite, the traced engine goes through them again."""
+        moved, losses = self._unchecked(carry, stream, start, count)
+        frozen = carry.bad >= 0
+        finite = torch.isfinite(moved.x.sum(-1)) & torch.isfinite(losses).all(0)
+        if not bool((finite | frozen).all()):
+            return self._traced.advance(carry, stream, start, count)
+        if bool(frozen.any()):
+            triples = zip(frozen.reshape(-1).tolist(), carry.unstack(), moved.unstack(), strict=True)
+            moved = Carry.stack([old if stays else new for stays, old, new in triples])
+        return moved, losses
+
+    def _unchecked(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
         """Run the loop once per block of noise, or once per block and seed."""
         losses = []
         for feed in stream.steps(start, count):
@@ -144,7 +158,7 @@ def in_turn(traced: TracedEngine) -> bool:
     products = [node for node in traced.one.graph.graph.nodes if node.target in _PRODUCTS]
     if not products:
         group = traced.num_seeds // _groups(traced.num_seeds, torch.get_num_threads())
-        return not traced.side_by_side(group).vectorised
+        return not traced.unchecked(group).vectorised
     shared = [columns for columns in map(_shared, products) if columns]
     if any(columns > NARROW for columns in shared):
         return traced.num_seeds < MANY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -184,6 +185,7 @@ class TracedEngine:
             raise ValueError("a step has no matrix product or convolution of float32 numbers: leave amp out")
         self.one = StepGraph(simplify(graph), example)
         self._graphs = {1: self.one}
+        self._unchecked = {1: _unchecked(self.one, self.carried)}
 
     @property
     def all(self) -> StepGraph:
@@ -195,6 +197,12 @@ class TracedEngine:
         if count not in self._graphs:
             self._graphs[count] = _of_seeds(self.one, count)
         return self._graphs[count]
+
+    def unchecked(self, count: int) -> StepGraph:
+        """A step of so many seeds that goes on where a loss or gradient is not finite, without a look at either."""
+        if count not in self._unchecked:
+            self._unchecked[count] = _of_seeds(self._unchecked[1], count)
+        return self._unchecked[count]
 
     def _flat(self, *flat: Tensor) -> tuple[Tensor, ...]:
         carry, rest = Carry.unflatten(list(flat[: self.carried])), flat[self.carried :]
@@ -213,6 +221,19 @@ class TracedEngine:
 
         with torch.no_grad():
             return _loop(one, self.calculus, carry, stream, start, count)
+
+
+def _unchecked(one: StepGraph, carried: int) -> StepGraph:
+    """A step that keeps what is new without a condition; ``bad`` stays."""
+    graph = GraphModule(one.graph, copy.deepcopy(one.graph.graph))
+    (end,) = graph.graph.find_nodes(op="output")
+    *moved, bad = end.args[0][:carried]
+    if any(node.target is not torch.ops.aten.where.self for node in (*moved, bad)):
+        raise RuntimeError("a step does not end in the choice between its new state and its old one")
+    end.args = ([*(node.args[1] for node in moved), bad.args[1], *end.args[0][carried:]],)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return StepGraph(graph, one.example)
 
 
 def _of_seeds(one: StepGraph, count: int) -> StepGraph:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -163,8 +162,8 @@ def test_what_a_call_is_given_counts_not_what_the_last_one_left(images: Program)
     assert torch.equal(go(last), expected)  # in place
     last, _ = engine.advance(start, stream, 0, 5)
     assert isinstance(engine, CompiledEngine)
-    engine._loop._example[0].fill_(math.nan)
-    assert go(last).isnan().all()  # power: nothing was copied
+    engine._loop._example[0].fill_(0.5)
+    assert not torch.equal(go(last), expected)  # power: nothing was copied
 
 
 def regression(columns: int, hidden: int = 0) -> Program:
@@ -260,6 +259,25 @@ def test_a_step_that_is_not_finite_freezes_the_carry_at_the_same_step() -> None:
     assert int(ours.bad) == int(theirs.bad)
     assert not torch.isfinite(losses[int(ours.bad)])
     torch.testing.assert_close(ours.x, theirs.x, rtol=1e-9, atol=0)
+
+
+def test_a_compiled_step_reads_its_gradient_once() -> None:
+    """The traced one looks whether it is finite, and chooses between its new state and its old one."""
+    program = build(steep, None, (torch.tensor(0.0),), family=MeanField(), dtype=torch.float64)
+    engine = make_engine("traced", program, ELBO(), RULE)
+    assert isinstance(engine, TracedEngine)
+
+    def ends(graph: Any) -> tuple[int, set[Any]]:
+        (end,) = graph.graph.find_nodes(op="output")
+        return len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.amax.default)), {
+            node.target for node in end.args[0][: engine.carried]
+        }
+
+    checks, targets = ends(engine.one.graph)
+    assert (checks, targets) == (1, {torch.ops.aten.where.self})
+    checks, targets = ends(engine.unchecked(1).graph)
+    assert checks == 0
+    assert torch.ops.aten.where.self not in targets
 
 
 # ---- the cache ----
