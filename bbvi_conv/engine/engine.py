@@ -185,7 +185,7 @@ class TracedEngine:
             raise ValueError("a step has no matrix product or convolution of float32 numbers: leave amp out")
         self.one = StepGraph(simplify(graph), example)
         self._graphs = {1: self.one}
-        self._unchecked = {1: _unchecked(self.one, self.carried)}
+        self._unchecked: dict[int, StepGraph] = {}
 
     @property
     def all(self) -> StepGraph:
@@ -201,7 +201,8 @@ class TracedEngine:
     def unchecked(self, count: int) -> StepGraph:
         """A step of so many seeds that goes on where a loss or gradient is not finite, without a look at either."""
         if count not in self._unchecked:
-            self._unchecked[count] = _of_seeds(self._unchecked[1], count)
+            one = _unchecked(self.one, self.carried)
+            self._unchecked[count] = one if count == 1 else _of_seeds(one, count)
         return self._unchecked[count]
 
     def _flat(self, *flat: Tensor) -> tuple[Tensor, ...]:
