@@ -10,7 +10,7 @@ sizes C / sqrt(n) and, for contrast, Adam with constant steps; the ReLU twin; an
 growing K and the Renyi bound. First of the dense Deep Gaussian VAE on MNIST, bounded as the theorem asks, then of the
 convolutional one with soft-clipped outputs, and of this also: beta-VAE; one more dense or convolutional layer; other
 beta1; the grid of B and K. By default the rows of ``FIRST``, which two cores make in an hour; the others by ``--only``,
-or by ``--all`` in three. Every row is kept as it is measured.
+or by ``--all`` in some hours. Every row is kept as it is measured.
 Source: Surendran et al. (2025), theorem for Adam and its experiments.
 """
 
@@ -278,9 +278,7 @@ def run(
     quick: Annotated[bool, typer.Option("--quick", help="small networks and few steps, for a test")] = False,
     full: Annotated[bool, typer.Option("--full", help="the paper's sizes, for a GPU")] = False,
     only: Annotated[list[str] | None, typer.Option(help="a row's name or group; may be given again")] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="all rows at default size, which takes three hours")
-    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="all rows at default size: some hours")] = False,
     data: Annotated[str, typer.Option(help="cifar100 or celeba")] = "cifar100",
     engine: Annotated[str, typer.Option(help="of the steps")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",

@@ -61,7 +61,7 @@ class CompiledEngine:
         self.at_once = min(threads, self.num_seeds) if self.in_turn else _groups(self.num_seeds, threads)
         self._group = 1 if self.in_turn else self.num_seeds // self.at_once
         self._traced = traced
-        graph, example, _ = traced.unchecked(self._group)
+        graph, example, _ = traced.side_by_side(self._group, checked=False)
         self._gathers = program.minibatch is not None and not program.by_index
         self._loop = NativeLoop(
             graph,
@@ -91,7 +91,7 @@ class CompiledEngine:
         """Run the steps unchecked; where their end is not finite, the traced engine goes through them again."""
         moved, losses = self._unchecked(carry, stream, start, count)
         frozen = carry.bad >= 0
-        finite = torch.isfinite(moved.x.sum(-1)) & torch.isfinite(losses).all(0)
+        finite = torch.isfinite(moved.x).all(-1) & torch.isfinite(losses).all(0)
         if not bool((finite | frozen).all()):
             return self._traced.advance(carry, stream, start, count)
         if bool(frozen.any()):
@@ -158,7 +158,7 @@ def in_turn(traced: TracedEngine) -> bool:
     products = [node for node in traced.one.graph.graph.nodes if node.target in _PRODUCTS]
     if not products:
         group = traced.num_seeds // _groups(traced.num_seeds, torch.get_num_threads())
-        return not traced.unchecked(group).vectorised
+        return not traced.side_by_side(group, checked=False).vectorised
     shared = [columns for columns in map(_shared, products) if columns]
     if any(columns > NARROW for columns in shared):
         return traced.num_seeds < MANY

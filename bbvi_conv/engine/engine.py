@@ -184,26 +184,20 @@ class TracedEngine:
         if products is not None and not round_products(graph, products):
             raise ValueError("a step has no matrix product or convolution of float32 numbers: leave amp out")
         self.one = StepGraph(simplify(graph), example)
-        self._graphs = {1: self.one}
-        self._unchecked: dict[int, StepGraph] = {}
+        self._graphs: dict[tuple[int, bool], StepGraph] = {}
 
     @property
     def all(self) -> StepGraph:
         """A step of all S seeds, S in front of every tensor; of a single one, :attr:`one`."""
         return self.side_by_side(self.num_seeds)
 
-    def side_by_side(self, count: int) -> StepGraph:
-        """A step of so many seeds; of a single one, :attr:`one`."""
-        if count not in self._graphs:
-            self._graphs[count] = _of_seeds(self.one, count)
-        return self._graphs[count]
-
-    def unchecked(self, count: int) -> StepGraph:
-        """A step of so many seeds that goes on where a loss or gradient is not finite, without a look at either."""
-        if count not in self._unchecked:
-            one = _unchecked(self.one, self.carried)
-            self._unchecked[count] = one if count == 1 else _of_seeds(one, count)
-        return self._unchecked[count]
+    def side_by_side(self, count: int, *, checked: bool = True) -> StepGraph:
+        """A step of so many seeds; unless ``checked`` it goes on where a loss or gradient is not finite."""
+        key = count, checked
+        if key not in self._graphs:
+            one = self.one if checked else _unchecked(self.one, self.carried)
+            self._graphs[key] = one if count == 1 else _of_seeds(one, count)
+        return self._graphs[key]
 
     def _flat(self, *flat: Tensor) -> tuple[Tensor, ...]:
         carry, rest = Carry.unflatten(list(flat[: self.carried])), flat[self.carried :]

@@ -82,10 +82,10 @@ class ScaleFloor:
         return replace(self, scales=scales)
 
     def project(self, x: Tensor) -> Tensor:
-        """Every scale raised to the floor."""
+        """Every scale raised to the floor; one that is not finite does not become so."""
         if self.scales is None:
             raise unbound("ScaleFloor")
-        return self.scales.change(lambda s: s.clamp(min=self.floor), x)
+        return self.scales.change(lambda s: s.clamp(min=self.floor) + 0 * s, x)
 
     def on_boundary(self, x: Tensor) -> bool:
         """To rounding, for any scale."""

@@ -197,19 +197,23 @@ def _turned_back(node: Node, symmetric: set[Node]) -> Node | None:
 
 def _turned(node: Node) -> Node | None:
     """The matrix that the node is the transpose of, if it is one."""
-    if node.target not in _TURNS or not isinstance(node.args[0], Node):
+    if node.target not in _TURNS:
         return None
-    kind = _kind(node.args[0])
+    source, *order = node.args
+    kind = _kind(source)  # type: ignore[arg-type]
     if kind is None or len(kind[0]) != 2:
         return None
-    order = [n % 2 for n in (node.args[1] if node.target is _aten.permute.default else node.args[1:]) or (1, 0)]  # type: ignore[union-attr,operator]
-    return node.args[0] if order == [1, 0] or (order == [0, 1] and node.target is _aten.transpose.int) else None
+    if node.target is _aten.permute.default:
+        turns = [n % 2 for n in order[0]] == [1, 0]  # type: ignore[operator,union-attr]
+    else:  # of two dimensions, or of none, which are all
+        turns = len({n % 2 for n in order}) != 1  # type: ignore[operator]
+    return source if turns else None  # type: ignore[return-value]
 
 
 def _is_symmetric(node: Node, symmetric: set[Node]) -> bool:
     """Whether a matrix is a product with its own transpose, or computed, number by number, from such ones alone."""
     kind = _kind(node)
-    if kind is None or len(kind[0]) != 2 or kind[0][0] != kind[0][1]:
+    if kind is None or len(kind[0]) != 2 or kind[0][0] != kind[0][1] or not _is_only_read(node):
         return False
     if node.target is _aten.mm.default:
         first, second = node.args
@@ -217,6 +221,11 @@ def _is_symmetric(node: Node, symmetric: set[Node]) -> bool:
     if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
         return False
     return all(n in symmetric or _is_one_number(n) for n in node.all_input_nodes)
+
+
+def _is_only_read(node: Node) -> bool:
+    """Whether nothing that shares its memory, but transposes that are only read, could be changed."""
+    return all(_is_fresh(user) or (user.target in _TURNS and all(map(_is_fresh, user.users))) for user in node.users)
 
 
 def _is_one_number(node: Node) -> bool:

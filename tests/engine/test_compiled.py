@@ -275,7 +275,7 @@ def test_a_compiled_step_reads_its_gradient_once() -> None:
 
     checks, targets = ends(engine.one.graph)
     assert (checks, targets) == (1, {torch.ops.aten.where.self})
-    checks, targets = ends(engine.unchecked(1).graph)
+    checks, targets = ends(engine.side_by_side(1, checked=False).graph)
     assert checks == 0
     assert torch.ops.aten.where.self not in targets
 

@@ -13,6 +13,16 @@ from bbvi_conv.engine.native import NativeLoop
 from bbvi_conv.program.trace import to_graph
 
 
+def kernels(function: Callable[..., tuple[Tensor, ...]], given: list[Tensor], generated: Callable[[], str]) -> str:
+    """Text of the kernels of a function whose only result replaces its first input, which they are held to."""
+    loop = NativeLoop(to_graph(function, *given), given, 1, 0)
+    loop.load()
+    (made,), _ = loop(given[:1], [], 1)
+    torch.testing.assert_close(made, function(*given)[0])
+    text = generated()
+    return text[text.index("static void") : text.index("static int step")]
+
+
 def flat_gradient(weight: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
     """The gradient of a linear layer beside another, in one vector."""
     return (torch.cat([(g[:, None] @ x[None]).view(-1), (x[:, None] @ g[None]).view(-1)]) + weight,)
@@ -28,13 +38,7 @@ def scaled(carry: Tensor, count: Tensor, by: Tensor) -> tuple[Tensor, ...]:
 )
 def test_divisions_are_few(function, sizes, divisions: int, generated: Callable[[], str]) -> None:
     gen = torch.Generator().manual_seed(0)
-    given = [0.1 + torch.rand(size, generator=gen) for size in sizes]
-    loop = NativeLoop(to_graph(function, *given), given, 1, 0)
-    loop.load()
-    (made,), _ = loop(given[:1], [], 1)
-    torch.testing.assert_close(made, function(*given)[0])
-    body = generated()
-    body = body[body.index("static void") : body.index("static int step")]
+    body = kernels(function, [0.1 + torch.rand(size, generator=gen) for size in sizes], generated)
     assert "div_floor" not in body
     once = body.split("C10_UNLIKELY")[0]  # what is left over when vectors are full is the same again
     one = r"(tmp\d+) = static_cast<(?:float>\(1\.0\)|int32_t>\(1\));"  # of reciprocals; torch 2.11: an int
@@ -48,13 +52,7 @@ def bounded(weight: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
 
 
 def test_a_function_of_a_single_number_is_not_computed_for_every_number(generated: Callable[[], str]) -> None:
-    given = [torch.randn(100, 64), torch.tensor(3.0)]
-    loop = NativeLoop(to_graph(bounded, *given), given, 1, 0)
-    loop.load()
-    (made,), _ = loop(given[:1], [], 1)
-    torch.testing.assert_close(made, bounded(*given)[0])
-    body = generated()
-    body = body[body.index("static void") : body.index("static int step")]
+    body = kernels(bounded, [torch.randn(100, 64), torch.tensor(3.0)], generated)
     assert body.count("std::pow") == 1
     assert body.index("std::pow") < body.index("for(")
 

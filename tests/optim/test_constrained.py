@@ -59,6 +59,14 @@ def test_what_a_projection_moved_is_on_the_boundary(convex: Any, dtype: torch.dt
     assert [convex.on_boundary(y) for y in nearest] == moved.tolist()
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("convex", [Ball(2.0), ScaleFloor(0.5, SCALES)], ids=str)
+def test_no_projection_hides_a_number_that_is_not_finite(convex: Any, value: float) -> None:
+    """Compiled steps are told by their end whether all of them were finite."""
+    x = torch.full((7, 7), 0.1, dtype=torch.float64).fill_diagonal_(value)
+    assert not torch.isfinite(convex.project(x)).all(-1).any()
+
+
 def test_only_scales_have_a_floor() -> None:
     x = points()
     floored = ScaleFloor(0.5, SCALES).project(x)
