@@ -148,11 +148,12 @@ class Archive:
 
     # ---- reading ----
 
-    def state(self) -> FitState | None:
-        """The newest sound checkpoint, or None before the first."""
+    def state(self, device: torch.device) -> FitState | None:
+        """The newest sound checkpoint, its tensors on ``device``; or None before the first."""
         if not self.directory.has_checkpoint():
             return None
-        return unpack(*self.directory.load_checkpoint())
+        tensors, meta = self.directory.load_checkpoint()
+        return unpack({name: tensor.to(device) for name, tensor in tensors.items()}, meta)
 
     def plan(self, recipe: Recipe | None, held_out: tuple[Any, ...] | None, given: dict[str, Any]) -> Plan:
         """Model, data and settings of the run, from its model file or from what is given.

@@ -63,7 +63,10 @@ def fit(
     engine: Annotated[str | None, typer.Option(help="auto, eager, traced, compiled or cuda-graph")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or float64")] = None,
-    amp: Annotated[str | None, typer.Option(help="bfloat16: round what products of a step take and give")] = None,
+    amp: Annotated[
+        str | None,
+        typer.Option(help="bfloat16 rounds what products of a step take and give; tf32, on CUDA, what they take"),
+    ] = None,
     minibatch: Annotated[int | None, typer.Option(help="rows a step sees")] = None,
     plate: Annotated[str | None, typer.Option(help="the plate whose rows are subsampled")] = None,
     step_size: Annotated[float | None, typer.Option(help="C of the optimiser's step-size rule")] = None,

@@ -468,7 +468,7 @@ def load(
     plan = archive.plan(own, None if held_out is None else positional(held_out), settings)
     program = plan.recipe.program(plan.settings)
     run = Run(program, plan.settings, plan.recipe.unseen(program), engine_reason=plan.engine_reason)
-    state = archive.state()
+    state = archive.state(program.device)
     if state is None:
         state = run.start(*starts(program, plan.settings, plan.recipe))
     result = Fit(run, state, archive=archive, source=plan.recipe.source)

@@ -131,7 +131,7 @@ def _grid(rows: list[Tensor], titles: list[str]) -> Figure:
     figure = Figure(figsize=(0.9 * columns + 1.2, 0.95 * len(rows) + 0.2), layout="constrained")
     for axes, row, title in zip(figure.subplots(len(rows), columns, squeeze=False), rows, titles, strict=True):
         for axis, image in zip(axes, row, strict=True):
-            axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(image.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
         axes[0].set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")

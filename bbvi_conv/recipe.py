@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bbvi_conv.families import MeanField
 from bbvi_conv.program.build import build, positional
+from bbvi_conv.program.device import with_index
 from bbvi_conv.program.program import Program
 from bbvi_conv.run import Settings
 
@@ -100,6 +101,6 @@ def device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError('device "cuda" was asked for, but torch sees no CUDA device; use device="cpu"')
     try:
-        return torch.device(name)
+        return with_index(name)
     except RuntimeError:
         raise ValueError(f'unknown device {name!r}; use "auto", "cpu" or "cuda"') from None

@@ -51,7 +51,8 @@ class Settings:
         device: where it runs.
         dtype: float type, or None for the default by size.
         amp: ``"bfloat16"``: matrix products and convolutions of a step take and give rounded numbers, for processors
-            with units for them; parameters, densities, looks and checks stay as they are.
+            with units for them; ``"tf32"``: on CUDA they take numbers of 11 bits. All else stays as it is: parameters,
+            densities, looks and checks.
         normalise: ``"datum"`` divides the loss by N when a plate is subsampled, ``"total"`` never does.
         average: ``"tail"`` returns the mean iterate of the last window, ``"all"`` that of the whole run
             (Polyak-Ruppert), ``"last"`` the last iterate.
@@ -73,7 +74,7 @@ class Settings:
     engine: str = "auto"
     device: str = "cpu"
     dtype: torch.dtype | None = None
-    amp: Literal["bfloat16"] | None = None
+    amp: Literal["bfloat16", "tf32"] | None = None
     normalise: Literal["datum", "total"] = "datum"
     average: Literal["tail", "all", "last"] = "tail"
     window: int = 500
@@ -103,7 +104,7 @@ class Settings:
         for name, choices in (
             ("normalise", ("datum", "total")),
             ("average", ("tail", "all", "last")),
-            ("amp", (None, "bfloat16")),
+            ("amp", (None, "bfloat16", "tf32")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -270,7 +271,7 @@ class Run:
                 num_seeds=settings.num_seeds,
                 steps=min(self.schedule.next_change(step) or settings.max_steps, settings.max_steps) - step,
                 reason=self._engine_reason,
-                products=None if settings.amp is None else torch.bfloat16,
+                amp=settings.amp,
             )
             if not self._stages:
                 dear = width(engine.calculus) > WIDE or not engine.calculus.vectorise

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.noise import random_state
 from bbvi_conv.program.program import Program
 from bbvi_conv.recipe import Recipe
 from bbvi_conv.run import Settings
@@ -56,8 +57,7 @@ def _renewed(program: Program, seed: int) -> Iterator[None]:
     """The program's networks as they are newly made under a seed; as found at the end."""
     before = program.initial()
     own = {id(leaf.tensor) for leaf in program.leaves}
-    with buffers_kept(program.modules), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with buffers_kept(program.modules), random_state(program.device, seed):
         try:
             for module in program.modules:
                 _reset(module, own)
@@ -90,8 +90,7 @@ def warm_start(program: Program, init: Fit, seed: int) -> Tensor:
     same = {leaf.name: raw[leaf.name] for leaf in alike if earlier[leaf.name].constraint == leaf.constraint}
     starts = {leaf.name: init.constrained_params[leaf.name] for leaf in alike if leaf.name not in same}
     if all(leaf.group == "theta" for leaf in alike) and hasattr(program.guide, "placed"):
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
+        with random_state(program.device, seed), torch.no_grad():
             starts |= program.guide.placed(init.sample(WARM_DRAWS))
     names = [leaf.name for leaf in program.leaves]
     if not {*same, *starts} & set(names):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from benchmarks import accuracy as timed
-from benchmarks import iwae_step
+from benchmarks import gpu, iwae_step
 from benchmarks import startup as starting
 from benchmarks.case import Case
 from benchmarks.cases import CASES
@@ -23,6 +23,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Speed beside peers, in one run."
 )
 app.command("iwae")(iwae_step.main)
+app.command("gpu")(gpu.main)
 
 Item = TypeVar("Item")
 Json = Annotated[Path | None, typer.Option("--json", help="write the result here")]

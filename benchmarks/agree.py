@@ -59,17 +59,21 @@ def losses(case: Case, *, by: float = 0.02, seed: int = 0) -> Losses:
         by: standard deviation of the move.
         seed: of move, noise and rows.
     """
-    gen = torch.Generator().manual_seed(seed)
     program = case.program()
+    gen = torch.Generator(program.device).manual_seed(seed)
     x = program.initial()
-    x = x + by * torch.randn(x.shape, generator=gen)
+    x = x + by * torch.randn(x.shape, generator=gen, device=program.device)
     noise = program.layout.draw(gen, 1, 1, dtype=torch.float32)
-    rows = None if case.minibatch is None else torch.randint(case.total, (1, case.minibatch.size), generator=gen)
+    rows = (
+        None
+        if case.minibatch is None
+        else torch.randint(case.total, (1, case.minibatch.size), generator=gen, device=program.device)
+    )
     one = noise.at(0).at(0)
     batch = program.batch(None if rows is None else rows[0])
     drawn = program.site_values(x, one, batch)
     latents = {name: value.detach() for name, value in drawn.latent.items()}
-    taken = None if rows is None else rows[0].numpy()
+    taken = None if rows is None else rows[0].cpu().numpy()
     if case.params is None:
         joint = poutine.trace(poutine.condition(case.in_pyro()[0], latents)).get_trace(*program.positional(batch))
         in_pyro = -float(joint.log_prob_sum().detach())
@@ -115,7 +119,7 @@ def _in_numpyro(case: Case, params: Arrays | None, drawn: dict[str, Tensor], row
     twin = case.twin()
     given = {} if rows is None else {"rows": rows}
     start = {} if params is None else numpyro_start(case, twin, params)
-    latents: dict[str, Any] = {name: value.numpy() for name, value in drawn.items()}
+    latents: dict[str, Any] = {name: value.cpu().numpy() for name, value in drawn.items()}
     if params is not None and isinstance(twin.guide, AutoContinuous):
         free = unconstrain_fn(seed(twin.model, 0), twin.args, given, latents)
         latents["_auto_latent"] = ravel_pytree(free)[0]

@@ -53,6 +53,7 @@ class Case:
         scan: whether NumPyro's steps run inside ``lax.scan``; else one jitted call a step, where that is faster.
         seeds: S, independent runs at once.
         others: makes further contenders, by name: steps -> seconds a step.
+        device: where ours runs.
         steps: steps of a turn of ours and NumPyro; Pyro makes ``pyro_steps``.
         notes: what a reader of the row should know.
     """
@@ -72,6 +73,7 @@ class Case:
     others: dict[str, Callable[[], Callable[[int], float]]] = field(default_factory=dict)
     scan: bool = True
     seeds: int = 1
+    device: str = "cpu"
     steps: int = 2048
     pyro_steps: int = 20
     notes: str = ""
@@ -79,7 +81,13 @@ class Case:
     def program(self) -> bc.Program:
         """Ours, in float32 as NumPyro's default is."""
         return bc.build(
-            self.model, self.guide, self.args, family=self.family, minibatch=self.minibatch, dtype=torch.float32
+            self.model,
+            self.guide,
+            self.args,
+            family=self.family,
+            minibatch=self.minibatch,
+            dtype=torch.float32,
+            device=self.device,
         )
 
     def settings(self, **more: Any) -> Settings:
@@ -90,6 +98,7 @@ class Case:
             minibatch=self.minibatch,
             dtype=torch.float32,
             num_seeds=self.seeds,
+            device=self.device,
             **more,
         )
 

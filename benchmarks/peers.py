@@ -20,21 +20,23 @@ Turn = Callable[[int], float]
 """Run that many steps; seconds of one."""
 
 
-def ours(case: Case, engine: str = "auto") -> Turn:
+def ours(case: Case, engine: str = "auto", *, amp: Any = None) -> Turn:
     """Steps of the engine that ``bc.fit`` would use, steady state.
 
     Noise is drawn by the block: a turn of whole blocks pays for its own; a shorter one is timed inside a block, and the
-    share of a step in its block is added.
+    share of a step in its block is added. On a GPU a turn is one of whole blocks.
     """
     program = case.program()
-    run = Run(program, case.settings(engine=engine))
+    run = Run(program, case.settings(engine=engine, amp=amp))
     carry, done = start_carry(run.settings.rule(), program.initial()), 0
     if case.seeds > 1:
         carry = Carry.stack([carry] * case.seeds)
     draws = case.objective.draws
-    start = time.perf_counter()
-    program.layout.draw(torch.Generator().manual_seed(0), BLOCK, draws, dtype=program.dtype)
-    share = case.seeds * (time.perf_counter() - start) / BLOCK
+    share = 0.0
+    if program.device.type == "cpu":
+        start = time.perf_counter()
+        program.layout.draw(torch.Generator().manual_seed(0), BLOCK, draws, dtype=program.dtype)
+        share = case.seeds * (time.perf_counter() - start) / BLOCK
 
     def turn(steps: int) -> float:
         nonlocal carry, done

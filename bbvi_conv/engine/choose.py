@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 
-import torch
-
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.compiled import CompiledEngine
 from bbvi_conv.engine.cuda_graph import CudaGraphEngine
@@ -16,7 +14,7 @@ from bbvi_conv.objectives.objective import Objective
 from bbvi_conv.optim import Optimiser
 from bbvi_conv.program.graphs import widths
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.trace import TracedLogWeights, Untraceable
+from bbvi_conv.program.trace import TracedLogWeights, Untraceable, first_sentence
 
 ENGINES = ("auto", "eager", "traced", "compiled", "cuda-graph")
 
@@ -25,6 +23,10 @@ COMPILE_SECONDS_PER_NODE = 0.015
 STEP_SECONDS_PER_NODE = 2.5e-6
 STEP_SECONDS_PER_NUMBER = 0.2e-9
 """What compiling costs, and what it saves, by the operations of a step and the numbers they compute."""
+
+KERNEL_SECONDS = 1.5e-6
+FUSE_SECONDS = 10.0
+"""What an operation of its own costs in a captured step, and what fusing a step takes (an H200: 5 to 17 s)."""
 
 MOST_NODES = 6_000
 """Operations of a step up to which ``"auto"`` compiles: a loop in a model that is traced round by round has more."""
@@ -40,14 +42,15 @@ def make_engine(
     num_seeds: int = 1,
     steps: float = math.inf,
     reason: str = "asked for",
-    products: torch.dtype | None = None,
+    amp: str | None = None,
 ) -> Engine:
     """The engine of that name, for one seed or several at once.
 
     ``"auto"`` traces where the program allows it, and compiles where the remaining ``steps`` repay it or an earlier
-    process has done so; where compiling fails it warns once and runs the traced steps. On a CUDA device it replays
-    captured steps. An engine asked for by its name gives ``reason``. ``products`` is the float type that matrix
-    products and convolutions of a step are rounded to.
+    process has done so; where compiling fails it warns once and runs the traced steps. On a CUDA device steps are
+    captured and replayed, fused (``"compiled"``) where that repays compiling, or operation by operation
+    (``"cuda-graph"``). An engine asked for by its name gives ``reason``. ``amp`` is how matrix products and
+    convolutions of a step round.
 
     Raises:
         ValueError: unknown name; ``"traced"`` or ``"compiled"`` for a program that cannot be (with the reason), or an
@@ -58,13 +61,13 @@ def make_engine(
     if name != "eager":
         try:
             calculus = Calculus(program, objective, TracedLogWeights(program), normaliser)
-            traced = TracedEngine(calculus, optimiser, reason, num_seeds=num_seeds, products=products)
+            traced = TracedEngine(calculus, optimiser, reason, num_seeds=num_seeds, amp=amp)
             return traced if name == "traced" else _compiled(name, traced, steps)
         except Untraceable as error:
             if name != "auto":
                 raise ValueError(f'the program cannot be traced: {error}; use engine="eager" or "auto"') from error
             reason = f"cannot be traced: {error}"
-    if products is not None:
+    if amp is not None:
         raise ValueError(
             f"amp needs steps that are graphs, and those of the eager engine ({reason}) are none: leave it out"
         )
@@ -76,10 +79,10 @@ def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
     """The engine over a traced one: for ``"auto"`` the one that pays, with the reason."""
     nodes = len(traced.one.graph.graph.nodes)
     device = traced.calculus.program.device
-    if (device.type == "cuda") != (name == "cuda-graph") and name != "auto":
-        raise ValueError(f'engine="{name}" does not run on {device}; use engine="auto"')
     if device.type == "cuda":
-        return CudaGraphEngine(traced, traced.reason if name != "auto" else "captured steps keep the device busy")
+        return _captured(name, traced, steps * nodes * KERNEL_SECONDS)
+    if name == "cuda-graph":
+        raise ValueError(f'engine="cuda-graph" does not run on {device}; use engine="auto"')
     if name == "auto" and nodes > MOST_NODES:
         traced.reason = f"a step has {nodes:,} operations, too many to compile: write loops with bc.scan"
         return traced
@@ -102,3 +105,25 @@ def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
     if name == "auto":
         engine.reason = "compiled for this run" if made else "compiled by an earlier run"
     return engine
+
+
+def _captured(name: str, traced: TracedEngine, saved: float) -> Engine:
+    """Replayed steps on a CUDA device: for ``"auto"`` fused where the seconds saved repay it."""
+    if name == "compiled" or (name == "auto" and saved > FUSE_SECONDS):
+        try:
+            return CudaGraphEngine(traced, "compiled for this run" if name == "auto" else traced.reason, fuse=True)
+        except RuntimeError as error:
+            why = first_sentence(error)
+            if name == "compiled":
+                raise ValueError(f'the step cannot be compiled: {why}; use engine="cuda-graph" or "auto"') from error
+            warnings.warn(f"steps run uncompiled: {why}", stacklevel=3)
+    try:
+        reason = "captured operation by operation: more does not repay compiling" if name == "auto" else traced.reason
+        return CudaGraphEngine(traced, reason)
+    except RuntimeError as error:
+        if name == "cuda-graph":
+            why = first_sentence(error)
+            raise ValueError(f'the step cannot be captured: {why}; use engine="traced" or "auto"') from error
+        warnings.warn(f"steps run one by one, they cannot be captured: {first_sentence(error)}", stacklevel=3)
+        traced.reason = "the program traces, but its steps cannot be captured"
+        return traced

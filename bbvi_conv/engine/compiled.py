@@ -89,15 +89,8 @@ class CompiledEngine:
 
     def advance(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
         """Run the steps unchecked; where their end is not finite, the traced engine goes through them again."""
-        moved, losses = self._unchecked(carry, stream, start, count)
-        frozen = carry.bad >= 0
-        finite = torch.isfinite(moved.x).all(-1) & torch.isfinite(losses).all(0)
-        if not bool((finite | frozen).all()):
-            return self._traced.advance(carry, stream, start, count)
-        if bool(frozen.any()):
-            triples = zip(frozen.reshape(-1).tolist(), carry.unstack(), moved.unstack(), strict=True)
-            moved = Carry.stack([old if stays else new for stays, old, new in triples])
-        return moved, losses
+        moved = self._unchecked(carry, stream, start, count)
+        return self._traced.finite_or_again(moved, carry, stream, start, count)
 
     def _unchecked(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
         """Run the loop once per block of noise, or once per block and seed."""

@@ -1,4 +1,4 @@
-"""Steps on a CUDA device without the host between them: a traced step over fixed tensors, captured and replayed."""
+"""Steps on a CUDA device without the host between them: one step over fixed tensors, fused, captured and replayed."""
 
 from __future__ import annotations
 
@@ -6,35 +6,68 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
-from bbvi_conv.engine.engine import Carry, TracedEngine
-from bbvi_conv.engine.streams import Feed, Stream
+from bbvi_conv.engine.engine import Carry, TracedEngine, float32_products
+from bbvi_conv.engine.fused import fused
+from bbvi_conv.engine.native import CannotCompile
+from bbvi_conv.engine.streams import Feed, Stream, block_of
+from bbvi_conv.program.graphs import lift
+from bbvi_conv.program.trace import first_sentence, to_graph
 
 UNROLL = 16
 """Steps in the longer of the two captured graphs; what is left of a chunk is replayed one by one."""
+WARM_UP = 3
+"""Steps run before capturing, so that libraries have made what they keep."""
 
 
 class FixedSteps:
-    """One step of a traced engine over fixed tensors: noise and rows of a block are read at a counter on the device.
+    """One unchecked step of a traced engine over fixed tensors: noise and rows are read at a counter on the device.
 
     Attributes:
         carry: the carry, replaced in place.
         feeds: noise, and rows of a minibatch, of a block of steps, ``(block, ...)``.
         losses: ``(block, ...)``, written at the counter.
-        counter: the step within the block, ``()``, on the device.
+        counter: the step within the block, ``(1,)``, on the device.
+        graph: the step, of plain operations; changes its inputs.
+        run: what runs it; :attr:`graph`, until something faster takes its place.
     """
 
-    def __init__(self, traced: TracedEngine, block: int) -> None:
+    def __init__(self, traced: TracedEngine) -> None:
         program, carried = traced.calculus.program, traced.carried
-        self._graph, self._by_index = traced.all.graph, program.by_index
-        self.carry = [t.clone() for t in traced.all.example[:carried]]
+        made = traced.side_by_side(traced.num_seeds, checked=False)
+        inner, constants = lift(made.graph)
+        # single numbers are kept as vectors of one: fused steps fail to change a tensor without dimensions
+        own = [t.reshape(t.shape or 1).clone() for t in made.example[:carried]]
+        self.carry = [t.view(like.shape) for t, like in zip(own, made.example, strict=False)]
         step = Carry.unflatten(self.carry).step
+        block = block_of(program, traced.calculus.objective.draws)
         rows = [] if program.minibatch is None else [torch.arange(program.minibatch.size, device=step.device)]
-        given = [*traced.all.example[carried : carried + 2], *(r.expand(*step.shape, -1) for r in rows)]
+        given = [*made.example[carried : carried + 2], *(r.expand(*step.shape, -1) for r in rows)]
         self.feeds = [t.new_zeros((block, *t.shape)) for t in given]
         self.losses = step.new_zeros((block, *step.shape))
         self.counter = torch.zeros(1, dtype=torch.int64, device=step.device)
-        self._whole = [] if program.by_index or not rows else [program.args[i] for i in program.batched]
+        gathers = bool(rows) and not program.by_index
+        whole = [program.args[i] for i in program.batched]
+        self._inputs = [*own, *self.feeds, self.losses, self.counter, *whole, *constants]
+
+        def one(*flat: Tensor) -> tuple[()]:
+            carry = [t.view(like.shape) for t, like in zip(flat, self.carry, strict=False)]
+            rest = flat[carried:]
+            feeds, (losses, counter, *more) = rest[: len(given)], rest[len(given) :]
+            data, fixed = more[: len(whole)], more[len(whole) :]
+            normal, uniform, *rows = (feed.index_select(0, counter).squeeze(0) for feed in feeds)
+            batch = [part[rows[0]] for part in data] if gathers else [*data, *rows]
+            *moved, loss = inner(*carry, normal, uniform, *batch, *fixed)
+            for old, new in zip(carry, moved, strict=True):
+                if new is not old:
+                    old.copy_(new)
+            losses.index_copy_(0, counter, loss.unsqueeze(0))
+            counter.add_(1)
+            return ()
+
+        self.graph: GraphModule = to_graph(one, *(t.clone() for t in self._inputs), functional=False)
+        self.run: Callable[..., object] = self.graph
 
     def fill(self, carry: Carry, feed: Feed) -> int:
         """Take the carry and a block's noise and rows; the number of steps in it."""
@@ -49,65 +82,75 @@ class FixedSteps:
 
     def __call__(self) -> None:
         """One step, in place."""
-        normal, uniform, *rows = (feed.index_select(0, self.counter)[0] for feed in self.feeds)
-        batch = rows if self._by_index else [data[rows[0]] for data in self._whole]
-        *moved, loss = self._graph(*self.carry, normal, uniform, *batch)
-        for old, new in zip(self.carry, moved, strict=True):
-            old.copy_(new)
-        self.losses.index_copy_(0, self.counter, loss.unsqueeze(0))
-        self.counter += 1
+        self.run(*self._inputs)
+
+    def fuse(self) -> None:
+        """Let fewer kernels do the same.
+
+        Raises:
+            CannotCompile: with the reason, as where there is no C compiler.
+        """
+        try:
+            self.run = fused(self.graph)
+            self()  # compiles
+        except Exception as error:  # whatever torch's compiler and what it calls may raise
+            raise CannotCompile(first_sentence(error)) from error
 
 
 class CudaGraphEngine:
-    """Replays captured steps; nothing is copied to the host inside a block.
+    """Replays captured steps; nothing is copied to the host inside a chunk.
+
+    Like the compiled engine it looks at the end of a chunk whether all is finite, and lets the traced engine go through
+    it once more where not.
 
     Args:
         traced: the engine whose steps these are, on a CUDA device.
         reason: why this engine.
+        fuse: whether the step is compiled before it is captured; its name is then that of the compiled engine.
 
     Raises:
+        CannotCompile: with the reason.
         RuntimeError: what torch says where a step cannot be captured.
     """
 
-    name = "cuda-graph"
-
-    def __init__(self, traced: TracedEngine, reason: str) -> None:
+    def __init__(self, traced: TracedEngine, reason: str, *, fuse: bool = False) -> None:
         self.calculus, self.num_seeds, self.reason = traced.calculus, traced.num_seeds, reason
+        self.name = "compiled" if fuse else "cuda-graph"
         self._traced = traced
-        self._steps: FixedSteps | None = None
         self._replays: dict[int, Callable[[], None]] = {}
+        with torch.cuda.device(self.calculus.program.device), torch.no_grad(), float32_products(traced.tf32):
+            self._steps = FixedSteps(traced)
+            if fuse:
+                self._steps.fuse()
+            self._capture()
 
-    def prepare(self, block: int) -> FixedSteps:
-        """Capture; a few steps are run before, as capturing asks."""
-        with torch.no_grad():
-            steps = FixedSteps(self._traced, block)
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
+    def _capture(self) -> None:
+        steps = self._steps
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                steps.counter.zero_()
+                steps()
+        torch.cuda.current_stream().wait_stream(side)
+        pool = None
+        for count in (UNROLL, 1):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                for _ in range(count):
                     steps()
-                    steps.counter.zero_()
-            torch.cuda.current_stream().wait_stream(side)
-            for count in (UNROLL, 1):
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    for _ in range(count):
-                        steps()
-                self._replays[count] = graph.replay
-        self._steps = steps
-        return steps
+            self._replays[count], pool = graph.replay, graph.pool()
 
     def advance(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
         """Replay the captured steps, block by block."""
-        steps = self._steps or self.prepare(stream.block)
-        losses = []
+        steps, moved, losses = self._steps, carry, []
         for feed in stream.steps(start, count):
-            left = steps.fill(carry, feed)
-            losses.append(steps.losses[:left])
+            made = left = steps.fill(moved, feed)
             for size in (UNROLL, 1):
                 for _ in range(left // size):
                     self._replays[size]()
                 left %= size
-            losses[-1] = losses[-1].clone()
-            carry = Carry.unflatten([t.clone() for t in steps.carry])
-        return carry, torch.cat(losses) if losses else carry.x.new_zeros(0, *carry.step.shape)
+            losses.append(steps.losses[:made].clone())
+            moved = Carry.unflatten([t.clone() for t in steps.carry])
+        end = moved, torch.cat(losses) if losses else carry.x.new_zeros(0, *carry.step.shape)
+        return self._traced.finite_or_again(end, carry, stream, start, count)

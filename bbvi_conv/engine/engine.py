@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch.fx import GraphModule
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.streams import Stream
 from bbvi_conv.optim import Average, Optimiser, empty_average, include
-from bbvi_conv.program.graphs import round_products, simplify
+from bbvi_conv.program.graphs import has_products, round_products, simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.trace import Untraceable, over_draws, to_graph
@@ -153,8 +154,8 @@ class StepGraph(NamedTuple):
 class TracedEngine:
     """Runs one graph of plain operations per step: gradient, optimiser and average included, and all seeds at once.
 
-    ``products`` rounds the numbers that matrix products and convolutions of a step take and give; looks and checks,
-    which the calculus makes, do not round.
+    ``amp`` rounds in matrix products and convolutions of a step: ``"bfloat16"`` the numbers that they take and give,
+    ``"tf32"``, on CUDA, those that they take, to 11 bits. Looks and checks, which the calculus makes, do not round.
 
     Attributes:
         one: a step of one seed.
@@ -170,10 +171,13 @@ class TracedEngine:
         reason: str,
         *,
         num_seeds: int = 1,
-        products: torch.dtype | None = None,
+        amp: str | None = None,
     ) -> None:
         self.calculus, self.optimiser, self.reason, self.num_seeds = calculus, optimiser, reason, num_seeds
         program = calculus.program
+        if amp == "tf32" and program.device.type != "cuda":
+            raise ValueError(f'amp="tf32" needs a CUDA device, and this run is on {program.device}: leave it out')
+        self.tf32 = amp == "tf32"
         start = start_carry(optimiser, program.initial())
         noise, batch = program.example()
         draws = Noise(*(part.expand(calculus.objective.draws, -1).clone() for part in noise))
@@ -181,7 +185,7 @@ class TracedEngine:
         rows = [] if batch.indices is None else [batch.indices]
         example = [*start.flat(), *draws, *batch.args, *rows]
         graph = to_graph(self._flat, *example, functional=False)
-        if products is not None and not round_products(graph, products):
+        if amp is not None and not (has_products(graph) if self.tf32 else round_products(graph, torch.bfloat16)):
             raise ValueError("a step has no matrix product or convolution of float32 numbers: leave amp out")
         self.one = StepGraph(simplify(graph), example)
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
@@ -214,8 +218,41 @@ class TracedEngine:
             *flat, loss = self.all.graph(*carry.flat(), *noise, *batch.args, *rows)
             return Carry.unflatten(flat), loss
 
-        with torch.no_grad():
+        with torch.no_grad(), float32_products(self.tf32):
             return _loop(one, self.calculus, carry, stream, start, count)
+
+    def finite_or_again(
+        self, moved: tuple[Carry, Tensor], carry: Carry, stream: Stream, start: int, count: int
+    ) -> tuple[Carry, Tensor]:
+        """What unchecked steps from ``carry`` came to; where their end is not finite, the steps once more, checked.
+
+        NaN and infinity stay, so that the end tells. A seed that was frozen before stays as it was.
+        """
+        end, losses = moved
+        frozen = carry.bad >= 0
+        finite = torch.isfinite(end.x).all(-1) & torch.isfinite(losses).all(0)
+        if not bool((finite | frozen).all()):
+            return self.advance(carry, stream, start, count)
+        if bool(frozen.any()):
+            triples = zip(frozen.reshape(-1).tolist(), carry.unstack(), end.unstack(), strict=True)
+            end = Carry.stack([old if stays else new for stays, old, new in triples])
+        return end, losses
+
+
+@contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Products of float32 numbers on CUDA: exact, or by ``tf32``; what torch is set to is put back."""
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        yield
+        return
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _unchecked(one: StepGraph, carried: int) -> StepGraph:

@@ -46,14 +46,15 @@ class Feed(NamedTuple):
         return program.batch(None if self.rows is None else self.rows[index])
 
 
-NUMBERS = 2**22
-"""Numbers that a block of noise may hold for one seed."""
+NUMBERS, NUMBERS_ON_DEVICE = 2**22, 2**26
+"""Numbers that a block of noise may hold for one seed, on the CPU and on another device."""
 
 
-def _block_of(numbers: int) -> int:
-    """Steps in a block of noise: ``BLOCK``, or the largest part of it that is no larger than ``NUMBERS``."""
-    block = BLOCK
-    while block > 1 and block * numbers > NUMBERS:
+def block_of(program: Program, draws: int) -> int:
+    """Steps in a block of noise: ``BLOCK``, or the largest part of it that holds no more numbers than it may."""
+    block, numbers = BLOCK, sum(program.layout) * draws
+    most = NUMBERS if program.device.type == "cpu" else NUMBERS_ON_DEVICE
+    while block > 1 and block * numbers > most:
         block //= 2
     return block
 
@@ -68,7 +69,7 @@ class Stream:
     def __init__(self, program: Program, seed: int, name: str, draws: int, *, num_seeds: int = 1) -> None:
         self.program, self.seed, self.name, self.draws = program, seed, name, draws
         self.num_seeds = num_seeds
-        self.block = _block_of(sum(program.layout) * draws)
+        self.block = block_of(program, draws)
         self._held: tuple[int, Noise] | None = None
         self._single = [Stream(program, seed + s, name, draws) for s in range(num_seeds)] if num_seeds > 1 else []
 
@@ -99,7 +100,8 @@ class Stream:
         minibatch, total = self.program.minibatch, self.program.total
         if minibatch is None:
             return None
-        rows = [minibatch.indices(self.seed + s, start, size, total, BLOCK) for s in range(self.num_seeds)]
+        device = self.program.device
+        rows = [minibatch.indices(self.seed + s, start, size, total, BLOCK, device) for s in range(self.num_seeds)]
         return torch.stack(rows, 1) if self.num_seeds > 1 else rows[0]
 
     def once(self, key: int, count: int, *, spread: bool = False) -> Feed:
@@ -114,8 +116,9 @@ class Stream:
         minibatch = self.program.minibatch
         if minibatch is None:
             return Feed(noise)
-        rows_gen = generator(self.seed, f"{self.name} rows", key)
-        return Feed(noise, torch.randint(self.program.total, (count, minibatch.size), generator=rows_gen))
+        rows_gen = generator(self.seed, f"{self.name} rows", key, self.program.device)
+        size = (count, minibatch.size)
+        return Feed(noise, torch.randint(self.program.total, size, generator=rows_gen, device=self.program.device))
 
 
 def feed_of_all(feeds: Sequence[Feed]) -> Feed:

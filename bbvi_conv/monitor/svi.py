@@ -17,7 +17,7 @@ from bbvi_conv.monitor.strata import Strata
 from bbvi_conv.objectives import ELBO, Objective
 from bbvi_conv.program.build import build
 from bbvi_conv.program.closed_form import closed_form_sites
-from bbvi_conv.program.noise import generator
+from bbvi_conv.program.noise import generator, random_state
 
 
 class GradientMonitor:
@@ -83,8 +83,8 @@ class GradientMonitor:
         return summary(self.state, steps=steps)
 
     def _look(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(generator(self.seed, "monitor batches", index).initial_seed()))
+        seed = int(generator(self.seed, "monitor batches", index).initial_seed())
+        with random_state(_device(), seed):
             if self.draw_batch is None:
                 batches = [args]
             else:
@@ -116,7 +116,7 @@ class GradientMonitor:
         """
         if self._calculus is not None and self._is_current(self._calculus, args, kwargs):
             return self._calculus
-        program = build(self.model, self.guide, args, kwargs, dtype=_dtype(), loop=True)
+        program = build(self.model, self.guide, args, kwargs, dtype=_dtype(), device=_device(), loop=True)
         if self.objective.analytic_kl:
             program.analytic = closed_form_sites(program)
         self._calculus = quietest(Calculus.of(program, self.objective, 1.0))[0]
@@ -136,6 +136,10 @@ class GradientMonitor:
 
 def _dtype() -> torch.dtype:
     return next((p.dtype for p in pyro.get_param_store().get_state()["params"].values()), torch.get_default_dtype())
+
+
+def _device() -> torch.device:
+    return next((p.device for p in pyro.get_param_store().get_state()["params"].values()), torch.device("cpu"))
 
 
 def _as_tuple(batch: Any) -> tuple[Any, ...]:

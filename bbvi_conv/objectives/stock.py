@@ -17,8 +17,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bbvi_conv.program.build import dependent_sites
+from bbvi_conv.program.noise import random_state
 from bbvi_conv.program.program import Rows, anew, guide_trace
-from bbvi_conv.program.structure import Structure, analyse, check_guide, is_plate, revalued
+from bbvi_conv.program.structure import Structure, analyse, check_guide, is_plate, random_sites, revalued
 from bbvi_conv.program.tape import Tape
 from bbvi_conv.program.terms import Terms, collect
 
@@ -138,7 +139,8 @@ class _StockDraws:
         except (KeyError, TypeError):
             pass
         check_guide(self._drawn[0], self._modelled[0])
-        with torch.random.fork_rng(devices=[]):  # one more run of the model must not move the loop's own draws
+        device = next((site["value"].device for site in random_sites(self._drawn[0])), torch.device("cpu"))
+        with random_state(device):  # one more run of the model must not move the loop's own draws
             dependent = dependent_sites(self._drawn[0], self._modelled[0], self._run_model)
         found = analyse(self._drawn[0], self._modelled[0], dependent)
         with suppress(TypeError):  # bound methods and the like cannot be remembered

@@ -14,7 +14,7 @@ from bbvi_conv.posterior.sites import Variable, inspect_sites, replay
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.graphs import simplify, widths
 from bbvi_conv.program.minibatch import Batch
-from bbvi_conv.program.noise import Noise, NoiseLayout, generator
+from bbvi_conv.program.noise import Noise, NoiseLayout, generator, random_state
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.tape import Tape, taped
 from bbvi_conv.program.trace import over_draws, to_graph
@@ -198,10 +198,8 @@ class _Sampler:
             noise, more, data = Noise(*given[:2]), Noise(*given[2:4]), given[4:]
             return self.values(noise, more, Batch(data[:count], data[count] if len(data) > count else None))
 
-        devices = [program.device] if program.device.type == "cuda" else []
-        with torch.no_grad(), buffers_kept(program.modules), torch.random.fork_rng(devices=devices):
-            seed = torch.randint(2**62, (), generator=replication, device=program.device)
-            torch.manual_seed(int(seed))  # for what the tape cannot serve
+        seed = int(torch.randint(2**62, (), generator=replication, device=program.device))
+        with torch.no_grad(), buffers_kept(program.modules), random_state(program.device, seed):  # beside the tape
             layout, complete = NoiseLayout(0, 0), True
             if self.free:
                 latents = program.site_values(self.x, noise.at(0), batch).latent

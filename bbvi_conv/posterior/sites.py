@@ -14,6 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bbvi_conv.program.minibatch import Batch
+from bbvi_conv.program.noise import random_state
 from bbvi_conv.program.program import Program, Rows
 from bbvi_conv.program.structure import innermost, is_deterministic, is_plate
 
@@ -81,7 +82,7 @@ def inspect_sites(
     program: Program, x: Tensor, latents: Mapping[str, Tensor], batch: Batch
 ) -> tuple[dict[str, Variable], dict[str, Tensor]]:
     """The sites of the model and the data of the observed ones, read off one run; torch's generator stays as found."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), random_state(program.device):
         nodes: dict[str, Any] = dict(replay(program, x, latents, batch).nodes)
         sampled = {name: site for name, site in nodes.items() if site["type"] == "sample" and not is_plate(site)}
         sites = {name: _variable(program, site, name in latents) for name, site in sampled.items()}

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from bbvi_conv.program.device import move
+
 
 class CalledModule(NamedTuple):
     """A module that ran, and a copy of its own buffers from just before."""
@@ -24,13 +26,14 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def called_modules() -> Iterator[list[CalledModule]]:
-    """Collect every module called inside, once each, in order of the first call."""
+def called_modules(device: torch.device) -> Iterator[list[CalledModule]]:
+    """Collect every module called inside, once each, in order of the first call, and move it to ``device``."""
     found: dict[int, CalledModule] = {}
     called: list[CalledModule] = []
 
     def hook(module: nn.Module, inputs: Any) -> None:
         if id(module) not in found:
+            move(module, device)
             found[id(module)] = CalledModule(module, own_buffers(module))
             called.append(found[id(module)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +18,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bbvi_conv.program.buffers import CalledModule, called_modules, changed_buffers, restore_buffers
+from bbvi_conv.program.device import OnDevice, with_index
 from bbvi_conv.program.minibatch import Batch, Minibatch
-from bbvi_conv.program.noise import NoiseLayout
+from bbvi_conv.program.noise import NoiseLayout, random_state
 from bbvi_conv.program.program import UNTAPED_SEED, Program, Rows, guide_trace, quiet_pyro
 from bbvi_conv.program.structure import (
     Group,
@@ -80,7 +81,7 @@ def build(
         family: makes a guide from the model.
         minibatch: which rows a step sees.
         dtype: float type; None: float64 for global latents under 1,000 dimensions on the CPU, else float32.
-        device: where parameters, noise and data live.
+        device: where parameters, noise and data live; modules that are called are moved there.
         seed: for the random start of lazy parameters; torch's own generator is left as found.
         loop: for a training loop of the user's own: parameters are those in Pyro's store as it stands, every tensor
             argument may change from run to run, and the model may subsample by itself.
@@ -93,7 +94,7 @@ def build(
     kwargs = dict(kwargs or {})
     check_finite((f"positional argument {i}", a) for i, a in enumerate(args))
     check_finite((f"keyword argument {name!r}", a) for name, a in kwargs.items())
-    device = torch.device(device)
+    device = with_index(device)
     small = device.type == "cpu" and minibatch is None
     attempts = [dtype] if dtype is not None else [torch.float64, torch.float32] if small else [torch.float32]
     for attempt in attempts:
@@ -139,14 +140,16 @@ def _build(
     args = tuple(_cast(a, dtype, device) for a in args)
     kwargs = {k: _cast(v, dtype, device) for k, v in kwargs.items()}
 
-    def attempt(args: tuple[Any, ...], rows: Tensor | None = None) -> _Pass:
-        with torch.random.fork_rng(devices=[]), quiet_pyro(None, dtype):
-            torch.default_generator.manual_seed(seed)
+    def attempt(args: tuple[Any, ...], rows: Tensor | None = None, of_size: _OfSize | None = None) -> _Pass:
+        if of_size is not None:
+            _check_size(of_size, model, args, kwargs, dtype, device, seed)
+        with random_state(device, seed), quiet_pyro(None, dtype, device):
             made = guide if guide is not None else family(model)  # type: ignore[misc]
         store = pyro.get_param_store().get_state() if loop else {"params": {}, "constraints": {}}
-        return _eager_pass(model, made, args, kwargs, minibatch, rows, dtype, seed, store)
+        with of_size or nullcontext():
+            return _eager_pass(model, made, args, kwargs, minibatch, rows, dtype, device, seed, store)
 
-    fed = _fed(attempt, args, minibatch, loop)
+    fed = _fed(attempt, args, minibatch, loop, device)
     own_rows = _own_rows(fed.eager, minibatch)
     if own_rows and not loop:
         plate, fn = own_rows[0], _plate(fed.eager, own_rows[0])
@@ -155,7 +158,7 @@ def _build(
             f'pass minibatch=Minibatch({fn.subsample_size}, plate="{plate}")'
         )
     _warn_of_constants(fed.eager)
-    program = _program(model, args, kwargs, fed, minibatch, dtype, own_rows)
+    program = _program(model, args, kwargs, fed, minibatch, dtype, device, own_rows)
     restore_buffers(fed.eager.modules)
     return program
 
@@ -178,12 +181,14 @@ class _Fed(NamedTuple):
     by_index: bool = False
 
 
-def _fed(attempt: Callable[..., _Pass], args: tuple[Any, ...], minibatch: Minibatch | None, loop: bool) -> _Fed:
+def _fed(
+    attempt: Callable[..., _Pass], args: tuple[Any, ...], minibatch: Minibatch | None, loop: bool, device: torch.device
+) -> _Fed:
     if minibatch is None:
         batched = tuple(i for i, a in enumerate(args) if isinstance(a, Tensor)) if loop else ()
         return _Fed(attempt(args), Batch(tuple(args[i] for i in batched)), batched)
-    total, rows = _rows(args, minibatch), torch.arange(minibatch.size)
-    eager, by_index = _with_minibatch(attempt, args, minibatch, total)
+    total, rows = _rows(args, minibatch), torch.arange(minibatch.size, device=device)
+    eager, by_index = _with_minibatch(attempt, args, minibatch, total, rows)
     _check_local_latents(eager, minibatch, by_index)
     if by_index:
         return _Fed(eager, Batch(indices=rows), (), total, True)
@@ -198,6 +203,7 @@ def _program(
     fed: _Fed,
     minibatch: Minibatch | None,
     dtype: torch.dtype,
+    device: torch.device,
     own_rows: list[str],
 ) -> Program:
     """The program that a pass tells of."""
@@ -217,6 +223,7 @@ def _program(
         total=fed.total,
         by_index=fed.by_index,
         dtype=dtype,
+        device=device,
         obstacles=_obstacles(eager),
         untaped=bool(eager.tape.untaped),
         implicit=eager.tape.implicit or _implicit(eager.guide_trace),
@@ -261,15 +268,16 @@ def _eager_pass(
     minibatch: Minibatch | None,
     rows: Tensor | None,
     dtype: torch.dtype,
+    device: torch.device,
     seed: int,
     store: dict[str, Any],
 ) -> _Pass:
-    """Run guide and model once under Pyro's validation; lazy guides are built by a run before it."""
+    """Run guide and model once under Pyro's validation; a run before it builds lazy guides and moves modules."""
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.default_generator.manual_seed(seed)
-        stack.enter_context(quiet_pyro(store, dtype, validate=True))
-        modules = stack.enter_context(called_modules())
+        stack.enter_context(random_state(device, seed))
+        stack.enter_context(quiet_pyro(store, dtype, device, validate=True))
+        modules = stack.enter_context(called_modules(device))
+        stack.enter_context(OnDevice(device))
         if minibatch and rows is not None:
             stack.enter_context(Rows({minibatch.plate: rows}))
         if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
@@ -296,6 +304,59 @@ def _eager_pass(
     return _Pass(guide, drawn, model_trace, tape, guide_used, store, modules)
 
 
+def _check_size(
+    of_size: _OfSize,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """Run the model for its plates alone: a guide made from it runs it where no handler of ours sees them.
+
+    Raises:
+        _OtherSize: whatever else is wrong the pass over guide and model says.
+    """
+    with (
+        random_state(device, seed),
+        quiet_pyro(None, dtype, device),
+        called_modules(device) as modules,
+        OnDevice(device),
+        torch.no_grad(),
+    ):
+        try:
+            with of_size:
+                model(*args, **kwargs)
+        except _OtherSize:
+            raise
+        except Exception:
+            return
+        finally:
+            restore_buffers(modules)
+
+
+class _OtherSize(Exception):
+    """A plate is not as large as the batch; ``sizes`` are its own and that of its subsample."""
+
+    def __init__(self, message: str, sizes: tuple[int, int | None]) -> None:
+        super().__init__(message)
+        self.sizes = sizes
+
+
+class _OfSize(Messenger):  # type: ignore[misc]
+    """Refuse a plate of another size before the program looks rows up that are not there, which no GPU forgives."""
+
+    def __init__(self, plate: str, size: int) -> None:
+        super().__init__()
+        self.plate, self.size = plate, size
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_plate(msg) and msg["name"] == self.plate and msg["fn"].size != self.size:
+            sizes = msg["fn"].size, msg["fn"].subsample_size
+            raise _OtherSize(f"plate {self.plate!r} has size {sizes[0]} where the batch has {self.size}", sizes)
+
+
 def _is_row_tensor(value: Any, total: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == total
 
@@ -313,18 +374,21 @@ def _rows(args: tuple[Any, ...], minibatch: Minibatch) -> int:
 
 
 def _with_minibatch(
-    attempt: Callable[..., _Pass], args: tuple[Any, ...], minibatch: Minibatch, total: int
+    attempt: Callable[..., _Pass], args: tuple[Any, ...], minibatch: Minibatch, total: int, rows: Tensor
 ) -> tuple[_Pass, bool]:
     """Find out how the model subsamples: by gathered rows (False) or by indices (True)."""
     size, plate = minibatch.size, minibatch.plate
-    rows = torch.arange(size)
     failure: Exception | None = None
     try:
-        eager = attempt(tuple(a[rows] if _is_row_tensor(a, total) else a for a in args))
+        eager = attempt(tuple(a[rows] if _is_row_tensor(a, total) else a for a in args), of_size=_OfSize(plate, size))
         fn = _plate(eager, plate)
-        if fn.size == size and fn.subsample_size in (None, size):
+        if fn.subsample_size in (None, size):
             return eager, False
-        seen = f"plate {plate!r} has size {fn.size} where the batch has {size}"
+        seen = f"plate {plate!r} takes {fn.subsample_size} of {size} rows"
+    except _OtherSize as error:
+        if error.sizes == (total, size):
+            return attempt(args, rows), True
+        seen = str(error)
     except (IndexError, RuntimeError, ValueError) as error:
         failure, seen = error, str(error)
     try:

@@ -16,7 +16,7 @@ _SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.l
 _RESHAPES = (_aten.view.default, _aten.expand.default, _aten.reshape.default, _aten._unsafe_view.default)
 _ONE = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 _ZERO = (_aten.add.Tensor, _aten.sub.Tensor)
-_TURNS = (_aten.t.default, _aten.permute.default, _aten.transpose.int)
+TURNS = (_aten.t.default, _aten.permute.default, _aten.transpose.int)
 _FILLS = {_aten.fill_.Scalar: _aten.full_like.default, _aten.zero_.default: _aten.zeros_like.default}
 """``aten.fill`` and ``aten.zero``, which give a result of their own, have no ``vmap`` rule."""
 
@@ -55,11 +55,7 @@ def round_products(graph: GraphModule, dtype: torch.dtype) -> int:
     Returns:
         How many products there are.
     """
-    products = [
-        node
-        for node in graph.graph.nodes
-        if node.target in PRODUCTS and node.args[0].meta["tensor_meta"].dtype is torch.float32
-    ]
+    products = _products(graph)
     for node in products:
         for source in set(node.all_input_nodes):
             with graph.graph.inserting_before(node):
@@ -67,10 +63,24 @@ def round_products(graph: GraphModule, dtype: torch.dtype) -> int:
         for made in [node] if "tensor_meta" in node.meta else list(node.users):
             with graph.graph.inserting_after(made):
                 back = _cast(graph, made, torch.float32)
-            made.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+            for user in [user for user in made.users if user is not back]:
+                user.replace_input_with(made, back)
             made.meta["tensor_meta"] = made.meta["tensor_meta"]._replace(dtype=dtype)
     graph.recompile()
     return len(products)
+
+
+def has_products(graph: GraphModule) -> bool:
+    """Whether there are matrix products or convolutions of float32 numbers."""
+    return bool(_products(graph))
+
+
+def _products(graph: GraphModule) -> list[Node]:
+    return [
+        node
+        for node in graph.graph.nodes
+        if node.target in PRODUCTS and node.args[0].meta["tensor_meta"].dtype is torch.float32
+    ]
 
 
 def _cast(graph: GraphModule, source: Node, dtype: torch.dtype) -> Node:
@@ -115,8 +125,9 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
             known[node] = lifted[str(node.target)]
         else:
             value = getattr(graph, str(node.target))
-            full = torch.ops.aten.full.default
-            known[node] = inner.call_function(full, ([], value.item()), {"dtype": value.dtype})
+            where = {} if value.device.type == "cpu" else {"device": value.device}
+            kind = {"dtype": value.dtype, **where}
+            known[node] = inner.call_function(torch.ops.aten.full.default, ([], value.item()), kind)
     return GraphModule(graph, inner), constants
 
 
@@ -197,7 +208,7 @@ def _turned_back(node: Node, symmetric: set[Node]) -> Node | None:
 
 def _turned(node: Node) -> Node | None:
     """The matrix that the node is the transpose of, if it is one."""
-    if node.target not in _TURNS:
+    if node.target not in TURNS:
         return None
     source, *order = node.args
     kind = _kind(source)  # type: ignore[arg-type]
@@ -225,7 +236,7 @@ def _is_symmetric(node: Node, symmetric: set[Node]) -> bool:
 
 def _is_only_read(node: Node) -> bool:
     """Whether nothing that shares its memory, but transposes that are only read, could be changed."""
-    return all(_is_fresh(user) or (user.target in _TURNS and all(map(_is_fresh, user.users))) for user in node.users)
+    return all(_is_fresh(user) or (user.target in TURNS and all(map(_is_fresh, user.users))) for user in node.users)
 
 
 def _is_one_number(node: Node) -> bool:

@@ -53,15 +53,20 @@ class Minibatch:
         if self.sampling not in ("iid", "epoch"):
             raise ValueError(f'Minibatch sampling must be "iid" or "epoch", got {self.sampling!r}')
 
-    def indices(self, seed: int, step: int, count: int, total: int, block: int) -> Tensor:
+    def indices(
+        self, seed: int, step: int, count: int, total: int, block: int, device: torch.device | str = "cpu"
+    ) -> Tensor:
         """Row indices ``(count, B)`` of the steps ``step .. step + count - 1``, all inside one noise block."""
         if self.sampling == "iid":
-            gen = generator(seed, "minibatch", step // block)
-            rows = torch.randint(total, (block, self.size), generator=gen)
+            gen = generator(seed, "minibatch", step // block, device)
+            rows = torch.randint(total, (block, self.size), generator=gen, device=device)
             return rows[step % block : step % block + count]
         per_epoch = total // self.size
         first, last = step // per_epoch, (step + count - 1) // per_epoch
-        epochs = [torch.randperm(total, generator=generator(seed, "minibatch", e)) for e in range(first, last + 1)]
+        epochs = [
+            torch.randperm(total, generator=generator(seed, "minibatch", e, device), device=device)
+            for e in range(first, last + 1)
+        ]
         rows = torch.cat([e[: per_epoch * self.size].reshape(per_epoch, self.size) for e in epochs])
         start = step - first * per_epoch
         return rows[start : start + count]

@@ -7,6 +7,8 @@ resumed run sees the same numbers, because a block depends on nothing but its ke
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -72,3 +74,20 @@ def generator(seed: int, stream: str, block: int, device: torch.device | str = "
     """A generator that depends on ``(seed, stream, block)`` only; streams are independent of each other."""
     key = np.random.SeedSequence([seed, zlib.crc32(stream.encode()), block]).generate_state(2, np.uint32)
     return torch.Generator(device=device).manual_seed((int(key[0]) << 31) ^ int(key[1]))
+
+
+@contextmanager
+def random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Leave torch's own generators, the CPU's and that of ``device``, as found; inside they start from ``seed``."""
+    with ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+        else:
+            module = torch.get_device_module(device)
+            stack.enter_context(module.device(device))
+            stack.enter_context(torch.random.fork_rng(devices=[device], device_type=device.type))
+            if seed is not None:
+                module.manual_seed(seed)
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 
 from bbvi_conv.program.minibatch import Batch, Minibatch
-from bbvi_conv.program.noise import Noise, NoiseLayout
+from bbvi_conv.program.noise import Noise, NoiseLayout, random_state
 from bbvi_conv.program.structure import Leaf, Structure, check_finite, is_plate, random_sites, revalued
 from bbvi_conv.program.tape import Tape, taped
 from bbvi_conv.program.terms import Terms, collect
@@ -55,14 +55,18 @@ class Rows(Messenger):  # type: ignore[misc]
 
 
 @contextmanager
-def quiet_pyro(store: dict[str, Any] | None, dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
-    """Pyro's handlers with a store of their own, a default dtype and a validation flag; all put back at the end."""
+def quiet_pyro(
+    store: dict[str, Any] | None, dtype: torch.dtype, device: torch.device, *, validate: bool = False
+) -> Iterator[None]:
+    """Pyro's handlers with a store, default dtype and device, and validation flag of their own; put back at the end."""
     before = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(pyro.get_param_store().scope(store))
         stack.enter_context(pyro.validation_enabled(validate))
         stack.callback(torch.set_default_dtype, before)
         torch.set_default_dtype(dtype)
+        if device.type != "cpu":
+            stack.enter_context(device)
         yield
 
 
@@ -96,7 +100,7 @@ class Program:
         layout: base noise of one run.
         total: N, rows of the data when a plate is subsampled, else 1.
         scale: N/B, else 1.
-        dtype: float type of parameters, noise and data.
+        dtype, device: float type of parameters, noise and data, and where they live.
         obstacles: why the program cannot be traced; empty when nothing is known against it.
         untaped: whether a random operation is drawn from a generator seeded by the tape.
         own_rows: plates whose rows the model draws by itself, in a loop of the user's own.
@@ -120,6 +124,7 @@ class Program:
         total: int,
         by_index: bool,
         dtype: torch.dtype,
+        device: torch.device,
         obstacles: Sequence[str],
         untaped: bool,
         implicit: bool,
@@ -137,7 +142,7 @@ class Program:
         self.component_slots = component_slots
         self.scale = total / minibatch.size if minibatch else 1.0
         self.sizes = [leaf.tensor.numel() for leaf in self.leaves]
-        self.device = next((leaf.tensor.device for leaf in self.leaves), torch.device("cpu"))
+        self.device = device
 
     @property
     def unit_scale(self) -> float:
@@ -180,7 +185,7 @@ class Program:
     def initial(self) -> Tensor:
         """Current values of all leaves as one flat vector ``(P,)``; a copy."""
         if not self.leaves:
-            return torch.zeros(0, dtype=self.dtype)
+            return torch.zeros(0, dtype=self.dtype, device=self.device)
         return torch.cat([leaf.tensor.detach().reshape(-1).to(self.dtype) for leaf in self.leaves])
 
     def replaced(self, x: Tensor, values: Mapping[str, Tensor], *, constrained: bool = False) -> Tensor:
@@ -291,6 +296,7 @@ class Program:
         """The batch of given row indices ``(..., B)``, leading dimensions kept; whole data for None."""
         if indices is None or self.minibatch is None:
             return Batch(tuple(self.args[i] for i in self.batched))
+        indices = indices.to(self.device)
         if self.by_index:
             return Batch(indices=indices)
         return Batch(tuple(self.args[i][indices] for i in self.batched))
@@ -322,11 +328,10 @@ class Program:
         """Pyro's handlers with noise, rows and parameters externalised; yields the tape."""
         tape = Tape(noise, {}, mark_no_grad=tracing)
         with ExitStack() as stack:
-            stack.enter_context(quiet_pyro(self.store, self.dtype))
+            stack.enter_context(quiet_pyro(self.store, self.dtype, self.device))
             if self.untaped and noise is not None:
-                stack.enter_context(torch.random.fork_rng(devices=[]))
                 high, low = (int(float(u) * 2**24) for u in noise.uniform[:UNTAPED_SEED])
-                torch.default_generator.manual_seed((high << 24) + low)
+                stack.enter_context(random_state(self.device, (high << 24) + low))
             if batch.indices is not None and self.plate is not None:
                 stack.enter_context(Rows({self.plate: batch.indices}))
             stack.enter_context(taped(tape))
@@ -404,12 +409,13 @@ class Program:
                 if site["type"] == "sample" and site["infer"].get("_deterministic")
             }
             sites = random_sites(model)
-            log_q = sum((self.density(s).sum() for s in random_sites(guide)), torch.zeros((), dtype=self.dtype))
+            zero = torch.zeros((), dtype=self.dtype, device=self.device)
+            log_q = sum((self.density(s).sum() for s in random_sites(guide)), zero)
             return SiteValues(
                 {s["name"]: s["value"] for s in sites if not s["is_observed"]},
                 deterministic,
                 {s["name"]: s["unscaled_log_prob"] for s in sites if s["is_observed"]},
-                sum((self.density(s).sum() for s in sites), torch.zeros((), dtype=self.dtype)),
+                sum((self.density(s).sum() for s in sites), zero),
                 log_q,
             )
 
@@ -427,7 +433,7 @@ class Program:
         values = self._values({**theta, **phi})
 
         def bound(*args: Any, **kwargs: Any) -> Any:
-            with quiet_pyro(self.store, self.dtype), Tape(None, values, serve=False):
+            with quiet_pyro(self.store, self.dtype, self.device), Tape(None, values, serve=False):
                 return function(*args, **kwargs)
 
         return bound

@@ -8,6 +8,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from bbvi_conv.program.noise import random_state
 from bbvi_conv.program.program import Program, quiet_pyro
 from bbvi_conv.program.structure import random_sites
 
@@ -34,8 +35,7 @@ class Target:
 
     def _run(self, values: dict[str, Tensor]) -> Trace:
         program = self._program
-        with torch.random.fork_rng(devices=[]), quiet_pyro(program.store, program.dtype):
-            torch.default_generator.manual_seed(0)
+        with random_state(program.device, 0), quiet_pyro(program.store, program.dtype, program.device):
             conditioned = poutine.condition(self._model, data=values)
             return poutine.trace(conditioned).get_trace(*program.args, **program.kwargs)
 

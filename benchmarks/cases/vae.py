@@ -28,12 +28,12 @@ def _digits(rows: int) -> Tensor:
 
 
 def _weights(module: nn.Module, name: str) -> Arrays:
-    return {f"{name}.{key}": value.detach().numpy() for key, value in module.named_parameters()}
+    return {f"{name}.{key}": value.detach().cpu().numpy() for key, value in module.named_parameters()}
 
 
 def _params(program: bc.Program, x: Tensor) -> Arrays:
     """Weights of the modules under their names in torch."""
-    return {name.replace("$$$", "."): value.numpy() for name, value in program.constrained(x).items()}
+    return {name.replace("$$$", "."): value.cpu().numpy() for name, value in program.constrained(x).items()}
 
 
 def _numpyro_loss(objective: Any) -> Any:
@@ -104,7 +104,7 @@ def mlp(*, hidden: int = 400, latent: int = 20, batch: int = 128, rows: int = 60
     return Autoencoder(encoder, decoder, latent, _digits(rows), BERNOULLI, batch)
 
 
-def vae(objective: Any = None, *, steps: int = 64, **sizes: int) -> Case:
+def vae(objective: Any = None, *, steps: int = 64, device: str = "cpu", **sizes: int) -> Case:
     """:func:`mlp`; minibatches gathered from resident bytes."""
     objective = objective or bc.ELBO(1)
     problem = mlp(**sizes)
@@ -140,6 +140,7 @@ def vae(objective: Any = None, *, steps: int = 64, **sizes: int) -> Case:
         step_size=problem.step_size,
         pyro_bound=not isinstance(objective, bc.IWAE),
         others=contenders(problem) if objective == bc.ELBO(1) else {},
+        device=device,
         steps=steps,
         pyro_steps=10,
         notes=f"{'MNIST' if os.environ.get('BBVI_CONV_DATA') else 'simulated images'}"

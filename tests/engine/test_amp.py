@@ -52,7 +52,7 @@ def vae() -> tuple[Callable[..., None], Callable[..., None]]:
 
 def test_products_take_and_give_rounded_numbers_and_nothing_else_does() -> None:
     program = build(*vae(), (images(),), minibatch=Minibatch(16, plate="data"))
-    engine: Any = make_engine("traced", program, bc.ELBO(1), RULE, products=torch.bfloat16)
+    engine: Any = make_engine("traced", program, bc.ELBO(1), RULE, amp="bfloat16")
     rounded = {node.target for node in engine.one.graph.graph.nodes if _dtype(node) is torch.bfloat16}
     assert {aten.addmm.default, aten.mm.default, aten.convolution.default} <= rounded
     assert rounded <= {

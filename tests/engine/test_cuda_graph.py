@@ -52,7 +52,7 @@ def test_fixed_steps_are_traced_steps(model: Any, rows: bool, seeds: int) -> Non
     stream = Stream(made, 0, "optimise", 2, num_seeds=seeds)
     start = Carry.stack([start_carry(RULE, made.initial())] * seeds)
     expected, losses = traced.advance(start, stream, 0, 40)
-    steps = FixedSteps(traced, stream.block)
+    steps = FixedSteps(traced)
     count = steps.fill(start, next(stream.steps(0, 40)))
     with torch.no_grad():
         for _ in range(count):
@@ -60,6 +60,24 @@ def test_fixed_steps_are_traced_steps(model: Any, rows: bool, seeds: int) -> Non
     assert (expected.x - start.x).norm() > 0.1
     assert all(torch.equal(a, b) for a, b in zip(steps.carry, expected.flat(), strict=True))
     assert torch.equal(steps.losses[:count], losses)
+
+
+@pytest.mark.parametrize(("model", "rows", "seeds"), CASES)
+def test_fused_steps_are_traced_steps(model: Any, rows: bool, seeds: int) -> None:
+    made = program(model, rows)
+    traced = make_engine("traced", made, ELBO(2), RULE, num_seeds=seeds)
+    assert isinstance(traced, TracedEngine)
+    stream = Stream(made, 0, "optimise", 2, num_seeds=seeds)
+    start = Carry.stack([start_carry(RULE, made.initial())] * seeds)
+    expected, losses = traced.advance(start, stream, 0, 40)
+    steps = FixedSteps(traced)
+    with torch.no_grad():
+        steps.fuse()
+        for _ in range(steps.fill(start, next(stream.steps(0, 40)))):
+            steps()
+    for one, other in zip(steps.carry, expected.flat(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(steps.losses[:40], losses, rtol=1e-12, atol=1e-12)
 
 
 def test_an_engine_of_another_device_is_refused() -> None:
@@ -72,10 +90,11 @@ def test_an_engine_of_another_device_is_refused() -> None:
 def test_captured_steps_are_traced_steps(model: Any, rows: bool, seeds: int) -> None:
     made = program(model, rows, "cuda")
     seen = {}
-    for name in ("traced", "cuda-graph"):
+    for name in ("traced", "cuda-graph", "compiled"):
         engine = make_engine(name, made, ELBO(2), RULE, num_seeds=seeds)
         stream = Stream(made, 0, "optimise", 2, num_seeds=seeds)
         start = Carry.stack([start_carry(RULE, made.initial())] * seeds)
         seen[name] = engine.advance(start, stream, 0, 2 * UNROLL + 3)
-    torch.testing.assert_close(seen["cuda-graph"][0].x, seen["traced"][0].x, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(seen["cuda-graph"][1], seen["traced"][1], rtol=1e-9, atol=1e-9)
+    for name in ("cuda-graph", "compiled"):
+        torch.testing.assert_close(seen[name][0].x, seen["traced"][0].x, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(seen[name][1], seen["traced"][1], rtol=1e-9, atol=1e-9)

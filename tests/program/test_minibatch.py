@@ -124,6 +124,18 @@ def test_every_row_tensor_is_gathered_and_nothing_else() -> None:
     assert torch.equal(batch.args[1], C[[3, 0]])
 
 
+def test_rows_that_are_not_there_are_never_looked_up() -> None:
+    """A GPU that meets such an index is of no more use to the process: finding out how a model subsamples must not."""
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N, subsample_size=B) as rows:
+            assert int(rows.max()) < len(x)
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    assert build(model, None, (X,), family=MeanField(), minibatch=Minibatch(B, plate="data")).by_index
+
+
 def test_other_uses_of_the_plate_get_one_sentence() -> None:
     def fixed(x: Tensor, c: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

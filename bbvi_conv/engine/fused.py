@@ -1,0 +1,38 @@
+"""Fewer kernels for the same graph, by torch's compiler."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch.fx import GraphModule
+
+from bbvi_conv.engine.native.cache import folder
+
+
+def fused(graph: GraphModule) -> Callable[..., object]:
+    """The graph, compiled at its first call for the shapes given there; what was compiled is kept in the private cache.
+
+    Raises:
+        UnsafeCache: for the folder of the cache.
+    """
+    run = torch.compile(graph, fullgraph=True, dynamic=False)
+
+    def first(*inputs: torch.Tensor) -> object:
+        with _private_cache(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on options that are chosen elsewhere
+            return run(*inputs)
+
+    return first
+
+
+@contextmanager
+def _private_cache() -> Iterator[None]:
+    """torch's compiler keeps its files in a folder of the user's alone, unless the user has named one."""
+    own = {} if "TORCHINDUCTOR_CACHE_DIR" in os.environ else {"TORCHINDUCTOR_CACHE_DIR": str(folder() / "inductor")}
+    with mock.patch.dict(os.environ, own):
+        yield
