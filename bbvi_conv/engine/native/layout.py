@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from bbvi_conv.engine.native.inductor import force_stride_order, stored
+from bbvi_conv.program.graphs import PRODUCTS, TURNS
 
 REPEATED = 16
 """Times that an operand of an operation on single numbers is repeated, from which it is settled first."""
@@ -30,6 +31,13 @@ _FUNCTIONS = {
 }
 """What is worth keeping where its value, a single number, meets many."""
 
+_DERIVATIVES = {
+    *(_aten.softplus_backward.default, _aten.tanh_backward.default, _aten.sigmoid_backward.default),
+    *(_aten.threshold_backward.default, _aten.silu_backward.default, _aten.gelu_backward.default),
+    *(_aten.elu_backward.default, _aten.leaky_relu_backward.default, _aten.hardtanh_backward.default),
+}
+"""Operations on numbers in the same place that torch does not say so of."""
+
 _FORWARD, _BACKWARD = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
 
 
@@ -42,13 +50,15 @@ class Ordered(Interpreter):
     """
 
     def __init__(self, graph: GraphModule, bits: int) -> None:
-        super().__init__(graph)
+        super().__init__(graph, garbage_collect_values=False)
         self._bits = bits
-        self._dear = _dear(graph)
+        self._dear, self._operands = _dear(graph), _operands(graph)
 
     def run_node(self, n: Node) -> Any:
-        """As it is; operands that are single numbers and dear to compute are kept where they are repeated."""
+        """As it is, kept where it would be computed again: a number that is repeated, an operand of a product."""
         value = super().run_node(n)
+        if n in self._operands:
+            return force_stride_order(value, list(self.env[self._operands[n]].stride()))
         return settled(value) if n in self._dear else value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -125,6 +135,46 @@ def _dear(graph: GraphModule) -> set[Node]:
         elif _count(node) >= MANY:
             found |= {n for n in node.all_input_nodes if n in dear}
     return found
+
+
+def _operands(graph: GraphModule) -> dict[Node, Node]:
+    """Operands of products that something else reads before, and from what they come that has an order of its own.
+
+    They are computed once, in that order: Inductor would do so anew for all who come before the product.
+    """
+    place = {node: i for i, node in enumerate(graph.graph.nodes)}
+    found: dict[Node, Node] = {}
+    for product in graph.graph.nodes:
+        if product.target not in PRODUCTS:
+            continue
+        for operand in product.all_input_nodes:
+            node: Any = operand
+            while node.target in TURNS and len(node.users) == 1:
+                node = node.args[0]
+            others = [user for user in node.users if user.target not in TURNS and user is not product]
+            source = _ordered_source(node) if any(place[user] < place[product] for user in others) else node
+            if source is not None and source is not node:
+                found[node] = source
+    return found
+
+
+def _ordered_source(node: Node) -> Node | None:
+    """The first of the values as large as this one, which it is computed from number by number, that is not."""
+    seen, front = {node}, [node]
+    while front:
+        node = front.pop(0)
+        if not _by_number(node):
+            return node
+        for other in node.all_input_nodes:
+            if other not in seen and other.target is not _aten.expand.default and _count(other) == _count(node):
+                seen.add(other)
+                front.append(other)
+    return None
+
+
+def _by_number(node: Node) -> bool:
+    """Whether each number of the result comes from the numbers in its place."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _DERIVATIVES
 
 
 def _count(node: Node) -> int:

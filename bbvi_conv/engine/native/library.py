@@ -18,7 +18,7 @@ from bbvi_conv.engine.native import cache, codec
 from bbvi_conv.engine.native.plan import Plan
 from bbvi_conv.engine.native.source import text
 
-FORMAT = "16"
+FORMAT = "17"
 """Changes with the layout of a cache entry or with the generated code."""
 
 _LIBRARY, _PLAN = "step.so", "plan.json"
@@ -41,13 +41,14 @@ def compiler() -> str:
     raise NoCompiler("there is no C++ compiler (g++ or clang++ on PATH, or CXX)")
 
 
-def _flags() -> list[str]:
+def _flags(contracted: bool) -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     known = capability in ("AVX512", "AVX2")
     root = Path(torch.__file__).parent
     return [
         *("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-w", "-DNDEBUG"),
-        *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=off"),
+        *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
+        f"-ffp-contract={'fast' if contracted else 'off'}",
         f"-DCPU_CAPABILITY={capability if known else 'DEFAULT'}",
         *([f"-DCPU_CAPABILITY_{capability}"] if known else []),
         *("-I", str(root / "include"), "-I", str(root / "include" / "torch" / "csrc" / "api" / "include")),
@@ -69,15 +70,15 @@ def processor() -> str:
     return "\n".join(sorted({line for line in lines if line.split(":")[0].strip() in wanted}))
 
 
-def name_of(description: str, version: str) -> str:
-    """Name of the cache entry of a graph.
+def name_of(description: str, version: str, *, contracted: bool) -> str:
+    """Name of the cache entry of a graph; ``contracted``: a product and a sum may be one operation with one rounding.
 
     Raises:
         NoCompiler: if there is no compiler to name.
     """
     path = compiler()
     shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    return cache.key(FORMAT, description, version, torch.__version__, shown, " ".join(_flags()), processor())
+    return cache.key(FORMAT, description, version, torch.__version__, shown, " ".join(_flags(contracted)), processor())
 
 
 def is_cached(name: str) -> bool:
@@ -88,7 +89,7 @@ def is_cached(name: str) -> bool:
         return False
 
 
-def library(name: str, make: Callable[[], Plan]) -> tuple[ctypes.CDLL, Plan, bool]:
+def library(name: str, make: Callable[[], Plan], *, contracted: bool) -> tuple[ctypes.CDLL, Plan, bool]:
     """The library of that name, from the cache or made now; its plan; and whether it was made now.
 
     A damaged entry is made anew. A cache folder that others could write to is not used, with a warning.
@@ -106,7 +107,7 @@ def library(name: str, make: Callable[[], Plan]) -> tuple[ctypes.CDLL, Plan, boo
         return *found, False
     plan = make()
     with cache.entry(root, name) as new:
-        _build(text(plan), new)
+        _build(text(plan), new, _flags(contracted))
         record = {**codec.encode(plan), "sha256": cache.digest(new / _LIBRARY)}
         (new / _PLAN).write_text(json.dumps(record))
     found = _load(root / name)
@@ -115,9 +116,9 @@ def library(name: str, make: Callable[[], Plan]) -> tuple[ctypes.CDLL, Plan, boo
     return *found, True
 
 
-def _build(source: str, where: Path) -> None:
+def _build(source: str, where: Path, flags: list[str]) -> None:
     (where / "step.cpp").write_text(source)
-    command = [compiler(), *_flags(), "-o", str(where / _LIBRARY), str(where / "step.cpp"), *_link()]
+    command = [compiler(), *flags, "-o", str(where / _LIBRARY), str(where / "step.cpp"), *_link()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:300])

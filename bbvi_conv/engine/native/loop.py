@@ -17,10 +17,14 @@ from bbvi_conv import __version__
 from bbvi_conv.engine.native import products, sparse
 from bbvi_conv.engine.native.library import is_cached, library, name_of
 from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views, views
-from bbvi_conv.program.graphs import lift, results
+from bbvi_conv.program.graphs import lift, results, widest
 from bbvi_conv.program.trace import first_sentence
 
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
+
+WIDE = 2**15
+"""Numbers in the widest tensor of a step from which each operation rounds as torch's own do: networks, which spend most
+time in products of matrices, amplify roundings. Below, a product and a sum are one operation with one rounding."""
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -73,7 +77,9 @@ class NativeLoop:
         self._graph = lifted
         self.results = results(graph)[carry:]
         shapes = "; ".join(f"{t.dtype} {tuple(t.shape)} {t.stride()}" for t in self._example)
-        self.name = name_of(f"{lifted.code}\n{shapes}\n{carry} {threads} {products.makers()}", __version__)
+        self._contracted = widest(graph) < WIDE
+        described = f"{lifted.code}\n{shapes}\n{carry} {threads} {products.makers()}"
+        self.name = name_of(described, __version__, contracted=self._contracted)
 
     def _drawn(self, example: Sequence[Tensor]) -> dict[int, Tensor]:
         """What rows of the resident data look like, by the number of their input: some from everywhere in them."""
@@ -92,7 +98,7 @@ class NativeLoop:
 
     def load(self) -> bool:
         """Make or load the library and its memory; whether it was made now."""
-        self._library, self._plan, made = library(self.name, self._lower)
+        self._library, self._plan, made = library(self.name, self._lower, contracted=self._contracted)
         self._lay()
         return made
 
