@@ -43,9 +43,10 @@ class NoiseLayout(NamedTuple):
 
     def draw(self, generator: torch.Generator, *leading: int, dtype: torch.dtype) -> Noise:
         """Fresh noise with the given leading shape, on the generator's device."""
-        device = generator.device
-        normal = torch.randn(*leading, self.normal, generator=generator, dtype=dtype, device=device)
-        uniform = torch.rand(*leading, self.uniform, generator=generator, dtype=dtype, device=device)
+        normal = torch.randn(*leading, self.normal, generator=generator, dtype=dtype, device=generator.device)
+        if not self.uniform:
+            return Noise(normal, normal.new_empty(*leading, 0))
+        uniform = torch.rand(*leading, self.uniform, generator=generator, dtype=dtype, device=generator.device)
         return Noise(normal, _inside(uniform))
 
     def spread(self, generator: torch.Generator, count: int, draws: int, *, dtype: torch.dtype) -> Noise:

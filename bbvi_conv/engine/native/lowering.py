@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bbvi_conv.engine.native import functions, joining, products, sparse
+from bbvi_conv.engine.native import exponential, functions, joining, products, sparse
 from bbvi_conv.engine.native.hazards import overwritten_too_soon
 from bbvi_conv.engine.native.inductor import (
     DebugContext,
@@ -262,4 +262,5 @@ def lower(graph: GraphModule, example: Sequence[Tensor], carry: int, *, threads:
     if len(recorder.slots) < count or any(recorder.slot(t) != i for i, t in enumerate(everything)):
         raise CannotCompile("two inputs share memory")
     packed, scratch, taken = pack(count, {slot: size for slot, size in recorder.sizes.items() if slot >= count}, code)
-    return Plan(tuple(recorder.sizes[i] for i in range(count)), scratch, taken, packed, tuple(lowering.sources))
+    sources = exponential.inlined(lowering.sources, vector_bits())
+    return Plan(tuple(recorder.sizes[i] for i in range(count)), scratch, taken, packed, sources)
