@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bbvi_conv.engine import Stream, make_engine, start_carry
+from bbvi_conv.engine.native import NativeLoop
 from bbvi_conv.networks import SoftClipping
 from bbvi_conv.objectives import ELBO
 from bbvi_conv.optim import Adam, Constant
 from bbvi_conv.program import Minibatch
 from bbvi_conv.program.build import build
+from bbvi_conv.program.trace import to_graph
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -99,3 +104,22 @@ def test_compiled_convolutions_have_the_iterates_of_traced_ones(coder) -> None:
     assert moved > 0.1
     assert (ours - theirs).norm() < 1e-3 * moved
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
+
+
+def test_an_operand_that_a_sum_reads_before_the_product_is_computed_once(generated: Callable[[], str]) -> None:
+    """And in the order of the product before: no transposes between."""
+    rows = torch.randn(500, 40)
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor]:
+        residual = torch.ops.aten.softplus_backward(torch.ones(16, 500), (rows @ x).t(), 1, 40)
+        return residual.sum(1), rows.t() @ residual.t()
+
+    x = torch.randn(40, 16)
+    loop = NativeLoop(to_graph(step, x), [x], 0, 1)
+    loop.load()
+    _, made = loop([], [x[None]], 1)
+    for value, expected in zip(made, step(x), strict=True):
+        torch.testing.assert_close(value[0], expected)
+    loops = re.sub(r"\btmp\d+", "tmp", generated())
+    assert len(re.findall(r"tmp / tmp", loops)) == 1
+    assert "transpose_mxn<float,static_cast" not in loops

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-CALL = re.compile(r"\b(tmp\d+)\.exp\(\)")
+CALL = re.compile(r"\b(tmp\d+(?:\.neg\(\))?)\.exp\(\)")
 
 HEADER = """
 #include <torch/csrc/inductor/cpp_prefix.h>

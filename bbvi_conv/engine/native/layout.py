@@ -159,14 +159,14 @@ def _operands(graph: GraphModule) -> dict[Node, Node]:
 
 
 def _ordered_source(node: Node) -> Node | None:
-    """The first of the values as large as this one, which it is computed from number by number, that is not."""
+    """What is computed, not number by number, and gives this value number by number; the first met, of its shape."""
     seen, front = {node}, [node]
     while front:
         node = front.pop(0)
-        if not _by_number(node):
+        if node.all_input_nodes and not _by_number(node):
             return node
         for other in node.all_input_nodes:
-            if other not in seen and other.target is not _aten.expand.default and _count(other) == _count(node):
+            if other not in seen and other.target is not _aten.expand.default and _shape(other) == _shape(node):
                 seen.add(other)
                 front.append(other)
     return None
@@ -177,9 +177,13 @@ def _by_number(node: Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _DERIVATIVES
 
 
+def _shape(node: Node) -> torch.Size | None:
+    return getattr(node.meta.get("tensor_meta"), "shape", None)
+
+
 def _count(node: Node) -> int:
-    made = node.meta.get("tensor_meta")
-    return 0 if made is None else made.shape.numel()
+    shape = _shape(node)
+    return 0 if shape is None else shape.numel()
 
 
 def settled(value: Tensor) -> Tensor:
