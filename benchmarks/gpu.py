@@ -21,13 +21,12 @@ from benchmarks.agree import check
 from benchmarks.case import Case
 from benchmarks.cases.vae import vae
 from benchmarks.machine import machine
+from benchmarks.measure import PAIR
 from benchmarks.peers import Turn
 from benchmarks.timing import interleave, ratio, summary
 
 PRECISIONS = {"float32": (None, "highest"), "tf32": ("tf32", "tensorfloat32"), "bfloat16": ("bfloat16", None)}
 """Name -> our ``amp``, and what JAX calls products of that precision, where it has them for float32 numbers."""
-
-BESIDE_NUMPYRO = ("ours", "numpyro_scan")
 
 
 class Ceilings(NamedTuple):
@@ -71,11 +70,9 @@ def needed(case: Case) -> tuple[int, int]:
     engine = Run(case.program(), case.settings(engine="traced")).engine
     assert isinstance(engine, TracedEngine)
     graph, example, _ = engine.side_by_side(1, checked=False)
-    program = engine.calculus.program
-    given = [*example[: engine.carried + 2], *(t[: program.minibatch.size] for t in example[engine.carried + 2 :])]  # type: ignore[union-attr]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         made = graph(*example)
-    return counter.get_total_flops(), _bytes(given) + _bytes(made)
+    return counter.get_total_flops(), _bytes(example) + _bytes(made)
 
 
 def _bytes(tensors: Any) -> int:
@@ -102,7 +99,7 @@ def row(case: Case, precision: str, limits: Ceilings, *, steps: int, rounds: int
     turns = {"ours": peers.ours(case, "compiled", amp=amp)}
     if in_jax is not None:
         turns["numpyro_scan"] = numpyro(case, in_jax)
-    pair = BESIDE_NUMPYRO if in_jax else None
+    pair = PAIR if in_jax else None
     seconds, attempts = interleave(turns, dict.fromkeys(turns, steps), rounds=rounds, pair=pair)
     figures = {name: summary(values) for name, values in seconds.items()}
     flops, moved = needed(case)

@@ -63,7 +63,9 @@ def ours_fit(case: Case, steps: int, engine: str = "auto") -> tuple[float, Any]:
     import bbvi_conv as bc
 
     settings = case.settings(engine=engine)
-    given = {name: getattr(settings, name) for name in ("objective", "optimiser", "minibatch", "dtype", "engine")}
+    given = {
+        name: getattr(settings, name) for name in ("objective", "optimiser", "minibatch", "dtype", "engine", "device")
+    }
     start = time.perf_counter()
     fit = bc.fit(
         case.model, case.guide, case.args, family=case.family, max_steps=steps, tol=1e-9, progress=False, **given

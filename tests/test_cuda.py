@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import bbvi_conv as bc
 from bbvi_conv import evaluate
-from bbvi_conv.engine import Carry, Stream, make_engine, start_carry
+from bbvi_conv.engine import Stream, make_engine, start_carry
 from bbvi_conv.program.build import build
 from bbvi_conv.report import write_report
 
@@ -64,10 +64,10 @@ def vae() -> tuple[Callable[..., None], Callable[..., None], nn.Module]:
     return model, guide, decoder
 
 
-def fitted(device: str = DEVICE, **settings: Any) -> bc.Fit:
+def fitted(**settings: Any) -> bc.Fit:
     model, guide, _ = vae()
     batch = bc.Minibatch(20, plate="data")
-    return bc.fit(model, guide, (images(),), minibatch=batch, device=device, **SMALL | settings)
+    return bc.fit(model, guide, (images(),), minibatch=batch, device=DEVICE, **SMALL | settings)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -175,7 +175,6 @@ def test_a_step_that_is_not_finite_is_named() -> None:
             start_carry(rule, program.initial()), stream, 0, 50
         )
     assert int(ends["traced"][0].bad) >= 0
-    assert isinstance(ends["cuda-graph"][0], Carry)
     assert torch.equal(ends["traced"][0].bad, ends["cuda-graph"][0].bad)
     assert torch.equal(ends["traced"][0].x, ends["cuda-graph"][0].x)
 

@@ -22,12 +22,12 @@ def fused(graph: GraphModule) -> Callable[..., object]:
     """
     run = torch.compile(graph, fullgraph=True, dynamic=False)
 
-    def first(*inputs: torch.Tensor) -> object:
+    def quietly(*inputs: torch.Tensor) -> object:
         with _private_cache(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on options that are chosen elsewhere
             return run(*inputs)
 
-    return first
+    return quietly
 
 
 @contextmanager

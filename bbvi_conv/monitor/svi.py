@@ -84,7 +84,7 @@ class GradientMonitor:
 
     def _look(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seed = int(generator(self.seed, "monitor batches", index).initial_seed())
-        with random_state(_device(), seed):
+        with random_state(_parameter().device, seed):
             if self.draw_batch is None:
                 batches = [args]
             else:
@@ -116,7 +116,8 @@ class GradientMonitor:
         """
         if self._calculus is not None and self._is_current(self._calculus, args, kwargs):
             return self._calculus
-        program = build(self.model, self.guide, args, kwargs, dtype=_dtype(), device=_device(), loop=True)
+        like = _parameter()
+        program = build(self.model, self.guide, args, kwargs, dtype=like.dtype, device=like.device, loop=True)
         if self.objective.analytic_kl:
             program.analytic = closed_form_sites(program)
         self._calculus = quietest(Calculus.of(program, self.objective, 1.0))[0]
@@ -134,12 +135,9 @@ class GradientMonitor:
         )
 
 
-def _dtype() -> torch.dtype:
-    return next((p.dtype for p in pyro.get_param_store().get_state()["params"].values()), torch.get_default_dtype())
-
-
-def _device() -> torch.device:
-    return next((p.device for p in pyro.get_param_store().get_state()["params"].values()), torch.device("cpu"))
+def _parameter() -> Tensor:
+    """One of the store's, or where it has none a number as torch makes them."""
+    return next(iter(pyro.get_param_store().get_state()["params"].values()), torch.empty(()))
 
 
 def _as_tuple(batch: Any) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ def _digits(rows: int) -> Tensor:
 
 
 def _weights(module: nn.Module, name: str) -> Arrays:
-    return {f"{name}.{key}": value.detach().cpu().numpy() for key, value in module.named_parameters()}
+    return {f"{name}.{key}": value.detach().numpy() for key, value in module.named_parameters()}
 
 
 def _params(program: bc.Program, x: Tensor) -> Arrays:

@@ -97,6 +97,8 @@ def test_where_nothing_can_be_rounded_it_says_so(shipped: Callable[[str], Any]) 
         fitted(amp="bfloat16", engine="eager")
     with pytest.raises(ValueError, match="unknown amp 'float16'"):
         fitted(amp="float16")
+    with pytest.raises(ValueError, match='amp="tf32" needs a CUDA device, and this run is on cpu'):
+        fitted(amp="tf32")
     schools = shipped("eight_schools")
     with pytest.raises(ValueError, match="no matrix product or convolution of float32"):
         bc.fit(schools.model, args=schools.data(), amp="bfloat16", progress=False)

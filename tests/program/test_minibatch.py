@@ -82,6 +82,8 @@ def test_indexed_plate_agrees_with_pyro(agrees_with_pyro) -> None:
     program = build(
         indexed, None, (X, C), family=MeanField(), minibatch=Minibatch(B, plate="data"), dtype=torch.float64
     )
+    assert program.by_index
+    assert program.scale == 2.0
     agrees_with_pyro(program)  # Pyro scales by N/B itself
 
 
