@@ -51,8 +51,8 @@ class Settings:
         device: where it runs.
         dtype: float type, or None for the default by size.
         amp: ``"bfloat16"``: matrix products and convolutions of a step take and give rounded numbers, for processors
-            with units for them; ``"tf32"``: on CUDA they take numbers of 11 bits. All else stays as it is: parameters,
-            densities, looks and checks.
+            with units for them; ``"tf32"``: on CUDA they take numbers of 11 bits or more. All else stays as it is:
+            parameters, densities, looks and checks.
         normalise: ``"datum"`` divides the loss by N when a plate is subsampled, ``"total"`` never does.
         average: ``"tail"`` returns the mean iterate of the last window, ``"all"`` that of the whole run
             (Polyak-Ruppert), ``"last"`` the last iterate.

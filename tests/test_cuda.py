@@ -42,12 +42,12 @@ def images(rows: int = 200) -> Tensor:
     return ((places % 8 == starts) | (places // 8 == starts)).byte()
 
 
-def vae() -> tuple[Callable[..., None], Callable[..., None], nn.Module]:
+def vae(hidden: int = 16) -> tuple[Callable[..., None], Callable[..., None], nn.Module]:
     """Networks and constants are made where torch makes them: on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        encoder = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 4))
-        decoder = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 64))
+        encoder = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 4))
+        decoder = nn.Sequential(nn.Linear(2, hidden), nn.Tanh(), nn.Linear(hidden, 64))
 
     def model(x: Tensor) -> None:
         pyro.module("decoder", decoder)
@@ -98,16 +98,22 @@ def test_engines_agree(engine: str, shipped: Callable[[str], ModuleType]) -> Non
     torch.testing.assert_close(losses, found["traced"][1], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("objective", [bc.ELBO(1), bc.IWAE(5), bc.IWAE(5, "doubly-reparameterised"), bc.MIWAE(2, 3)])
-def test_networks_are_trained_on_the_device(objective: Any) -> None:
+@pytest.mark.parametrize(
+    ("objective", "rows", "hidden"),
+    [
+        *((bound, 20, 16) for bound in (bc.ELBO(1), bc.IWAE(5), bc.IWAE(5, "doubly-reparameterised"), bc.MIWAE(2, 3))),
+        (bc.ELBO(1), 600, 256),  # so large that products are those of parts on tensor cores
+    ],
+)
+def test_networks_are_trained_on_the_device(objective: Any, rows: int, hidden: int) -> None:
     """Captured, fused steps in float32 end where the traced ones do; the module that was handed over is trained."""
     ends = []
     for engine in ("traced", "compiled"):
-        model, guide, decoder = vae()
+        model, guide, decoder = vae(hidden)
         before = [p.detach().clone() for p in decoder.parameters()]
-        rule, batch = bc.Adam(bc.Constant(1e-3)), bc.Minibatch(20, plate="data")
+        rule, batch = bc.Adam(bc.Constant(1e-3)), bc.Minibatch(rows, plate="data")
         fit = bc.fit(
-            *(model, guide, (images(),)),
+            *(model, guide, (images(10 * rows),)),
             **SMALL | {"average": "last", "max_steps": 200},
             objective=objective,
             optimiser=rule,

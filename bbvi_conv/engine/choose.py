@@ -26,7 +26,7 @@ STEP_SECONDS_PER_NUMBER = 0.2e-9
 
 KERNEL_SECONDS = 1.5e-6
 FUSE_SECONDS = 10.0
-"""What an operation of its own costs in a captured step, and what fusing a step takes (an H200: 5 to 17 s)."""
+"""What an operation of its own costs in a captured step, and what fusing a step takes (an H200: 4 to 20 s)."""
 
 MOST_NODES = 6_000
 """Operations of a step up to which ``"auto"`` compiles: a loop in a model that is traced round by round has more."""

@@ -155,7 +155,8 @@ class TracedEngine:
     """Runs one graph of plain operations per step: gradient, optimiser and average included, and all seeds at once.
 
     ``amp`` rounds in matrix products and convolutions of a step: ``"bfloat16"`` the numbers that they take and give,
-    ``"tf32"``, on CUDA, those that they take, to 11 bits. Looks and checks, which the calculus makes, do not round.
+    ``"tf32"``, on CUDA, those that they take, to 11 bits or more. Looks and checks, which the calculus makes, do not
+    round.
 
     Attributes:
         one: a step of one seed.

@@ -12,6 +12,10 @@ import torch
 from torch.fx import GraphModule
 
 from bbvi_conv.engine.native.cache import folder
+from bbvi_conv.program.graphs import widest
+
+NARROW = 2**22
+"""Numbers in the widest tensor of a graph below which kernels that do not wait for each other become one."""
 
 
 def fused(graph: GraphModule) -> Callable[..., object]:
@@ -20,7 +24,8 @@ def fused(graph: GraphModule) -> Callable[..., object]:
     Raises:
         UnsafeCache: for the folder of the cache.
     """
-    run = torch.compile(graph, fullgraph=True, dynamic=False)
+    together = widest(graph) < NARROW
+    run = torch.compile(graph, fullgraph=True, dynamic=False, options={"combo_kernels": together})
 
     def quietly(*inputs: torch.Tensor) -> object:
         with _private_cache(), warnings.catch_warnings():
@@ -32,7 +37,13 @@ def fused(graph: GraphModule) -> Callable[..., object]:
 
 @contextmanager
 def _private_cache() -> Iterator[None]:
-    """torch's compiler keeps its files in a folder of the user's alone, unless the user has named one."""
-    own = {} if "TORCHINDUCTOR_CACHE_DIR" in os.environ else {"TORCHINDUCTOR_CACHE_DIR": str(folder() / "inductor")}
+    """torch's compiler keeps its files in a folder of the user's alone, unless the user has named one.
+
+    It names its own folder in the environment as if the user had.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir()
+    own = {} if named else {"TORCHINDUCTOR_CACHE_DIR": str(folder() / "inductor")}
     with mock.patch.dict(os.environ, own):
         yield

@@ -164,7 +164,7 @@ def simplify(graph: GraphModule) -> GraphModule:
 def _give_anew(node: Node) -> None:
     """Let an operation that changes what nothing else reads give a result of its own: it then fuses with others."""
     source = node.args[0] if node.args else None
-    if not _changes(node) or not isinstance(source, Node) or len(source.users) > 1 or not _is_fresh(source):
+    if not _changes(node) or not isinstance(source, Node) or len(source.users) > 1 or not is_fresh(source):
         return
     name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname  # type: ignore[union-attr]
     packet = getattr(_aten, name.removesuffix("_"), None)
@@ -178,7 +178,7 @@ def _changes(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
-def _is_fresh(node: Node) -> bool:
+def is_fresh(node: Node) -> bool:
     """Whether nothing else lies in the memory of what the node gives."""
     return isinstance(node.target, OpOverload) and all(r.alias_info is None for r in node.target._schema.returns)
 
@@ -200,13 +200,13 @@ def _same_as(node: Node) -> Node | None:
 
 def _turned_back(node: Node, symmetric: set[Node]) -> Node | None:
     """What a matrix turned over twice was, or a symmetric one is."""
-    source = _turned(node)
+    source = turned(node)
     if source is None or _kind(node) is None:
         return None
-    return source if source in symmetric else _turned(source)
+    return source if source in symmetric else turned(source)
 
 
-def _turned(node: Node) -> Node | None:
+def turned(node: Node) -> Node | None:
     """The matrix that the node is the transpose of, if it is one."""
     if node.target not in TURNS:
         return None
@@ -228,7 +228,7 @@ def _is_symmetric(node: Node, symmetric: set[Node]) -> bool:
         return False
     if node.target is _aten.mm.default:
         first, second = node.args
-        return _turned(first) is second or _turned(second) is first  # type: ignore[arg-type]
+        return turned(first) is second or turned(second) is first  # type: ignore[arg-type]
     if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
         return False
     return all(n in symmetric or _is_one_number(n) for n in node.all_input_nodes)
@@ -236,7 +236,7 @@ def _is_symmetric(node: Node, symmetric: set[Node]) -> bool:
 
 def _is_only_read(node: Node) -> bool:
     """Whether nothing that shares its memory, but transposes that are only read, could be changed."""
-    return all(_is_fresh(user) or (user.target in TURNS and all(map(_is_fresh, user.users))) for user in node.users)
+    return all(is_fresh(user) or (user.target in TURNS and all(map(is_fresh, user.users))) for user in node.users)
 
 
 def _is_one_number(node: Node) -> bool:
