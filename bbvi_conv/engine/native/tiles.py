@@ -44,14 +44,17 @@ _REQUEST, _TILE_DATA, _SYSCALL = 0x1023, 18, 158
 """Linux lends the registers of tiles to a process that asks for them: ``arch_prctl(ARCH_REQ_XCOMP_PERM, ...)``."""
 
 HELPERS = """
+#include <cstdlib>
+#include <memory>
 #include <immintrin.h>
 
 // All eight tiles have 16 rows of 64 bytes.
-static inline void tiles_begin() {
-    struct alignas(64) { uint8_t palette = 1, other[15] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } sizes;
-    for (int i = 0; i < 8; ++i) { sizes.bytes[i] = 64; sizes.rows[i] = 16; }
-    _tile_loadconfig(&sizes);
-}
+struct alignas(64) Sizes {
+    uint8_t palette = 1, other[15] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static const Sizes sizes;
 
 // The parts of two vectors, rounded to 16 bits: the first halves of what is in part sum to a, the others to b.
 static inline void split(__m512 a, __m512 b, __m512i* part, int64_t step) {
@@ -70,6 +73,48 @@ static inline __mmask16 first(int64_t count) {
     return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
 
+// One block of 32 of k of a tile of 16 of n, to be taken apart row by row.
+struct Block {
+    const float* from;
+    int64_t step, other, low, high;  // from a row to the next, and to its other half; rows of either that there are
+    __mmask16 low_mask, high_mask;
+    uint32_t* to;
+    bool turned;
+    alignas(64) __m512i own[48], v[16];  // what is turned
+
+    void row(int64_t r) {
+        split(_mm512_maskz_loadu_ps(r < low ? low_mask : 0, from + r * step),
+              _mm512_maskz_loadu_ps(r < high ? high_mask : 0, from + r * step + other),
+              (turned ? own : (__m512i*)to) + r, 16);
+    }
+
+    // A quarter of the work to transpose a part.
+    template <int part, int quarter> void turn() {
+        constexpr int apart = 1 << quarter;
+        __m512i* from = quarter == 0 ? own + 16 * part : v;
+        __m512i w[16];
+        #pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            const int at = i / apart * 2 * apart + i % apart, into = quarter == 1 ? i / 2 * 4 + i % 2 * 2 : at;
+            const __m512i x = from[at], y = from[at + apart];
+            if constexpr (quarter == 0) {
+                w[into] = _mm512_unpacklo_epi32(x, y);
+                w[into + 1] = _mm512_unpackhi_epi32(x, y);
+            } else if constexpr (quarter == 1) {
+                w[into] = _mm512_unpacklo_epi64(x, y);
+                w[into + 1] = _mm512_unpackhi_epi64(x, y);
+            } else {
+                w[into] = _mm512_shuffle_i32x4(x, y, 0x88);
+                w[into + apart] = _mm512_shuffle_i32x4(x, y, 0xdd);
+            }
+        }
+        #pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) (quarter == 3 ? (__m512i*)to + 16 * part : v)[i] = w[i];
+    }
+
+    template <int part> void turn() { turn<part, 0>(); turn<part, 1>(); turn<part, 2>(); turn<part, 3>(); }
+};
+
 // Tiles of a matrix whose numbers are taken apart one block after the other: tiles of 16 of n, from the one numbered
 // `tile` on, and of each so many blocks of 32 of k, from the one numbered `block` on, three parts of each. `along`:
 // what follows each other in memory is of one of n. Numbers k and k + 16 of a block make a pair. A tile holds the pairs
@@ -82,40 +127,36 @@ struct Parts {
     uint32_t* to;
     int64_t left, done = 0;
 
-    void take() {
-        alignas(64) __m512i own[48];
-        const bool turned = along == across;
+    // The next block.
+    void begin(Block& next) {
         const int64_t i = (tile + done / blocks) * 16, q = (block + done % blocks) * 32;
-        uint32_t* into = to + 768 * done;
-        __m512i* rows = turned ? own : (__m512i*)into;
-        if (along) {
-            const __mmask16 low = first(k - q), high = first(k - q - 16);
-            const float* from = x + i * step + q;
-            #pragma GCC unroll 4
-            for (int64_t r = 0; r < 16; ++r, from += step) {
-                const bool within = i + r < n;
-                split(_mm512_maskz_loadu_ps(within ? low : 0, from),
-                      _mm512_maskz_loadu_ps(within ? high : 0, from + 16), rows + r, 16);
-            }
-        } else {
-            const __mmask16 mask = first(n - i);
-            const float* from = x + q * step + i;
-            #pragma GCC unroll 4
-            for (int64_t r = 0; r < 16; ++r, from += step)
-                split(_mm512_maskz_loadu_ps(q + r < k ? mask : 0, from),
-                      _mm512_maskz_loadu_ps(q + 16 + r < k ? mask : 0, from + 16 * step), rows + r, 16);
-        }
-        if (turned)
-            for (int p = 0; p < 3; ++p) turn((float*)(own + 16 * p), 16, (float*)(into + 256 * p), 16, 16, 16);
+        next.from = along ? x + i * step + q : x + q * step + i;
+        next.step = step;
+        next.other = along ? 16 : 16 * step;
+        next.low = along ? n - i : k - q;
+        next.high = along ? n - i : k - q - 16;
+        next.low_mask = first(along ? k - q : n - i);
+        next.high_mask = first(along ? k - q - 16 : n - i);
+        next.to = to + 768 * done;
+        next.turned = along == across;
         ++done;
         --left;
+    }
+
+    void take() {
+        Block next;
+        begin(next);
+        #pragma GCC unroll 4
+        for (int64_t r = 0; r < 16; ++r) next.row(r);
+        if (next.turned) { next.turn<0>(); next.turn<1>(); next.turn<2>(); }
     }
 
     void take_until(int64_t count) { while (done < count) take(); }
 };
 
 // Four tiles of sums, of two tiles of a and two of b, each of so many blocks; the first parts of a come last. Meanwhile
-// what is needed next is taken apart, so that it need not be waited for.
+// what is needed next is taken apart: a little after every instruction of tiles, for the processor looks no further
+// ahead while one of them waits.
 static inline void add_four(const uint32_t* a, const uint32_t* b, int64_t blocks, bool begin, float* sums,
                             Parts& now, Parts& soon, Parts& later) {
     const int64_t next = blocks * 768;
@@ -124,17 +165,48 @@ static inline void add_four(const uint32_t* a, const uint32_t* b, int64_t blocks
            _tile_loadd(3, sums + 768, 64); }
 #define OF_A(p) _tile_loadd(4, a + 256 * p, 64); _tile_loadd(5, a + next + 256 * p, 64);
 #define OF_B(p) _tile_loadd(6, b + 256 * p, 64); _tile_loadd(7, b + next + 256 * p, 64);
-#define ADD _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+#define ADD(w, x, y, z) _tile_dpbf16ps(0, 4, 6); w; _tile_dpbf16ps(1, 4, 7); x; \\
+                        _tile_dpbf16ps(2, 5, 6); y; _tile_dpbf16ps(3, 5, 7); z;
+#define R(r) at.row(r)
+#define T(p, q) at.turn<p, q>()
+    Block at;
     for (int64_t q = 0; q < blocks; ++q, a += 768, b += 768) {
-        OF_A(2) OF_B(0) ADD OF_A(1) ADD OF_B(1) ADD
-        if (now.left) now.take(); else if (soon.left) soon.take(); else if (later.left) later.take();
-        OF_A(0) ADD OF_B(2) ADD OF_B(0) ADD
+        asm volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
+        Parts& more = now.left ? now : soon.left ? soon : later;
+        if (more.left) more.begin(at);
+        else {
+            OF_A(2) OF_B(0) ADD(,,,) OF_A(1) ADD(,,,) OF_B(1) ADD(,,,)
+            OF_A(0) ADD(,,,) OF_B(2) ADD(,,,) OF_B(0) ADD(,,,)
+            continue;
+        }
+        if (at.turned) {
+            OF_A(2) OF_B(0) ADD(R(0), R(1), R(2), R(3)) OF_A(1) ADD(R(4), R(5), R(6), R(7))
+            OF_B(1) ADD(R(8), R(9), R(10), R(11)) OF_A(0) ADD(R(12); R(13), R(14); R(15), T(0, 0), T(0, 1))
+            OF_B(2) ADD(T(0, 2), T(0, 3), T(1, 0), T(1, 1))
+            OF_B(0) ADD(T(1, 2), T(1, 3), T(2, 0); T(2, 1), T(2, 2); T(2, 3))
+        } else {
+            OF_A(2) OF_B(0) ADD(R(0), R(1), R(2),) OF_A(1) ADD(R(3), R(4), R(5),) OF_B(1) ADD(R(6), R(7), R(8),)
+            OF_A(0) ADD(R(9), R(10), R(11),) OF_B(2) ADD(R(12), R(13),,) OF_B(0) ADD(R(14), R(15),,)
+        }
     }
 #undef OF_A
 #undef OF_B
 #undef ADD
+#undef R
+#undef T
     _tile_stored(0, sums, 64); _tile_stored(1, sums + 256, 64); _tile_stored(2, sums + 512, 64);
     _tile_stored(3, sums + 768, 64);
+}
+
+// Memory of a thread's own for so many numbers, the same for every product: what it holds is still in the cache.
+static inline uint32_t* own_memory(int64_t count) {
+    static thread_local std::unique_ptr<uint32_t, decltype(&std::free)> memory{nullptr, std::free};
+    static thread_local int64_t size = 0;
+    if (size < count) {
+        memory.reset((uint32_t*)std::aligned_alloc(64, (4 * count + 63) / 64 * 64));
+        size = count;
+    }
+    return memory.get();
 }
 
 // A tile of sums to c, plus a bias of each column or of each row, where c has such rows and columns.
@@ -155,16 +227,18 @@ static inline void write(float* sums, const float* bias, bool of_rows, float* c,
 }
 
 // c = a b over rows i0 to i1 and columns j0 to j1, which begin with a pair of tiles; `a_along`: a lies by rows,
-// `b_along`: b lies by columns. k is gone through in chunks of so many blocks. own: memory for two chunks of a pair of
-// tiles of a and of all of b, and sums: for those of all pairs, if there is more than one chunk.
+// `b_along`: b lies by columns. k is gone through in chunks of so many blocks. A thread's memory holds two chunks of a
+// pair of tiles of a and of all of b, and the sums of all pairs, if there is more than one chunk.
 static void multiply_tiles(const float* a, int64_t lda, bool a_along, const float* b, int64_t ldb, bool b_along,
                            const float* bias, bool of_rows, float* c, int64_t ldc, bool by_rows, int64_t m, int64_t n,
-                           int64_t k, int64_t depth, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                           uint32_t* own, float* sums) {
+                           int64_t k, int64_t depth, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     if (i0 >= i1 || j0 >= j1) return;
     alignas(64) float one[1024];
-    tiles_begin();
+    _tile_loadconfig(&sizes);
     const int64_t blocks = (k + 31) / 32, pairs = (j1 - j0 + 31) / 32, size = 2 * depth * 768;
+    const int64_t taken = (2 + (blocks > depth ? 2 : 1) * pairs) * size;
+    uint32_t* own = own_memory(taken + (blocks > depth ? (i1 - i0 + 31) / 32 * pairs * 1024 : 0));
+    float* sums = (float*)(own + taken);
     const auto of_a = [&](int64_t q, int64_t i, int64_t turn) {
         const int64_t deep = std::max<int64_t>(0, std::min(depth, blocks - q));
         return Parts{a, lda, a_along, false, m, k, i / 16, q, deep, own + turn % 2 * size, 2 * deep};
@@ -201,8 +275,7 @@ static void multiply_tiles(const float* a, int64_t lda, bool a_along, const floa
 
 _BODY = """
         multiply_tiles(a, {a.step}, {along_a}, b, {b.step}, {along_b}, {bias}, {of_rows}, c, {c.step}, {by_rows},
-                       {m}, {n}, {k}, {depth}, {rows[0]}, {rows[1]}, {columns[0]}, {columns[1]},
-                       own + t * {own}, sums + t * {sums});
+                       {m}, {n}, {k}, {depth}, {rows[0]}, {rows[1]}, {columns[0]}, {columns[1]});
 """
 
 
@@ -236,15 +309,8 @@ def kernel(product: Product, recorder: Recorder, threads: int, name: str) -> tup
     """A product, or its transpose: whichever turns less. Threads share its longer side, and split what they need."""
     a, b, c, bias, of_rows = product = min(product, product.turned, key=_turns)
     m, n, k = c.rows, c.columns, a.columns
-    pairs, blocks = -(-n // 32), -(-k // 32)
+    blocks = -(-k // 32)
     depth = blocks if 6144 * blocks * -(-n // (32 if m >= n else 32 * threads)) <= NEAR else DEPTH
-    chunks = min(2, -(-blocks // depth))
-    own, sums = 2 * (2 + chunks * pairs) * depth * 768, -(-m // 32) * pairs * 1024 if chunks > 1 else 0
-    arguments = {
-        **product.arguments(),
-        "own": ("uint32_t*", recorder.place(torch.empty(threads * own, dtype=torch.int32))),
-        "sums": ("float*", recorder.place(torch.empty(max(1, threads * sums)))),
-    }
     body = _BODY.format(
         **{"a": a, "b": b, "c": c, "m": m, "n": n, "k": k, "depth": depth},
         along_a=str(a.by_rows).lower(),
@@ -254,10 +320,8 @@ def kernel(product: Product, recorder: Recorder, threads: int, name: str) -> tup
         bias="nullptr" if bias is None else "bias",
         rows=part(m, 32) if m >= n else ("0", str(m)),
         columns=("0", str(n)) if m >= n else part(n, 32),
-        own=own,
-        sums=sums,
     )
-    return written(name, arguments, body, threads)
+    return written(name, product.arguments(), body, threads)
 
 
 def _turns(product: Product) -> float:
