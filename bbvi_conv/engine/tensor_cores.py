@@ -152,12 +152,15 @@ def on_tensor_cores(graph: GraphModule, inputs: Sequence[Tensor], *, tf32: bool)
 
 class _Quicker(Interpreter):
     def __init__(self, graph: GraphModule, tf32: bool) -> None:
-        super().__init__(graph, garbage_collect_values=False)
+        super().__init__(graph)
         self._place = {node: place for place, node in enumerate(graph.graph.nodes)}
         self._tf32 = tf32
         sizes = {node: _multiplications(node) for node in graph.graph.nodes}
         self._left = [node for node, size in sizes.items() if size and not (tf32 and size >= LARGE)]
         self._turned = {node for node, size in sizes.items() if size and tf32 and size >= LARGE}
+        kept = {node for product in self._left for node in (*_bias(product), *map(_start, _factors(product)))}
+        for done_with in self.user_to_last_uses.values():
+            done_with[:] = [node for node in done_with if node not in kept]
         self._parts: dict[Node, tuple[Tensor, ...]] = {}
         self._known: dict[Node, Tensor] = {}
 
