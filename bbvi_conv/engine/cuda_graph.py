@@ -39,7 +39,7 @@ class FixedSteps:
     """
 
     def __init__(self, traced: TracedEngine) -> None:
-        program, carried, self._tf32 = traced.calculus.program, traced.carried, traced.tf32
+        program, carried = traced.calculus.program, traced.carried
         made = traced.side_by_side(traced.num_seeds, checked=False)
         inner, constants = lift(made.graph)
         # single numbers are kept as vectors of one: fused steps fail to change a tensor without dimensions
@@ -54,7 +54,8 @@ class FixedSteps:
         self.counter = torch.zeros(1, dtype=torch.int64, device=step.device)
         gathers = bool(rows) and not program.by_index
         whole = [program.args[i] for i in program.batched]
-        self._inputs = [*own, *self.feeds, self.losses, self.counter, *whole, *constants]
+        self._changing = [*own, *self.feeds, self.losses, self.counter]
+        self._inputs = [*self._changing, *whole, *constants]
 
         def one(*flat: Tensor) -> tuple[()]:
             carry = [t.view(like.shape) for t, like in zip(flat, self.carry, strict=False)]
@@ -71,7 +72,7 @@ class FixedSteps:
             counter.add_(1)
             return ()
 
-        self.graph: GraphModule = to_graph(one, *(t.clone() for t in self._inputs), functional=False)
+        self.graph: GraphModule = to_graph(one, *self._copies(), functional=False)
         self.run: Callable[..., object] = self.graph
 
     def fill(self, carry: Carry, feed: Feed) -> int:
@@ -89,8 +90,15 @@ class FixedSteps:
         """One step, in place."""
         self.run(*self._inputs)
 
-    def fuse(self) -> None:
+    def _copies(self) -> list[Tensor]:
+        """Inputs for a step that leaves these as they are; data, which it only reads, may be large and are the same."""
+        return [*(t.clone() for t in self._changing), *self._inputs[len(self._changing) :]]
+
+    def fuse(self, *, tf32: bool = False) -> None:
         """Let fewer kernels do the same, and tensor cores what they are quicker at.
+
+        Args:
+            tf32: whether products may round float32 numbers to 11 bits.
 
         Raises:
             CannotCompile: with the reason, as where there is no C compiler.
@@ -100,7 +108,7 @@ class FixedSteps:
             if has_quick_tensor_cores(self.counter.device):
                 from bbvi_conv.engine.tensor_cores import on_tensor_cores  # imports torch's compiler
 
-                graph = on_tensor_cores(graph, [t.clone() for t in self._inputs], tf32=self._tf32)
+                graph = on_tensor_cores(graph, self._copies(), tf32=tf32)
             self.run = fused(graph)
             self()  # compiles
         except Exception as error:  # whatever torch's compiler and what it calls may raise
@@ -131,7 +139,7 @@ class CudaGraphEngine:
         with torch.cuda.device(self.calculus.program.device), torch.no_grad(), float32_products(traced.tf32):
             self._steps = FixedSteps(traced)
             if fuse:
-                self._steps.fuse()
+                self._steps.fuse(tf32=traced.tf32)
             self._capture()
 
     def _capture(self) -> None:

@@ -1,13 +1,9 @@
 r"""Products of float32 matrices on the tensor cores of a GPU, as accurate as those of its float32 units.
 
-A float32 number is the sum of three of bfloat16, :math:`x = x_1 + x_2 + x_3`, each what the ones before leave over. Six
-of the nine products of the parts of two numbers make
-
-.. math:: x y \approx x_1 y_1 + (x_1 y_2 + x_2 y_1) + (x_2 y_2 + x_1 y_3 + x_3 y_1),
-
-which leaves out :math:`2^{-24} |x y|` at most. Where TF32 is allowed, with its 11 bits, two parts and three products
-keep 16. Tensor cores do not round the sums that they make but cut them off: theirs are those of short blocks
-(``product_kernel.py``).
+A float32 number is the sum of three of bfloat16, and six products of the parts of two numbers are their product, as in
+:mod:`bbvi_conv.engine.native.tiles`, which gives the equation. Where TF32 is allowed, with its 11 bits, two parts and
+three products keep 16. Tensor cores do not round the sums that they make but cut them off: theirs are those of short
+blocks (``product_kernel.py``).
 
 Parts are plain operations of the graph: fused kernels compute them together with the numbers, and whoever reads these
 later reads the parts, which sum to them. Whole numbers up to 255, as images have them, are one part.
@@ -157,7 +153,7 @@ class _Quicker(Interpreter):
         self._tf32 = tf32
         sizes = {node: _multiplications(node) for node in graph.graph.nodes}
         self._left = [node for node, size in sizes.items() if size and not (tf32 and size >= LARGE)]
-        self._turned = {node for node, size in sizes.items() if size and tf32 and size >= LARGE}
+        self._large = {node for node, size in sizes.items() if size and tf32 and size >= LARGE}
         kept = {node for product in self._left for node in (*_bias(product), *map(_start, _factors(product)))}
         for done_with in self.user_to_last_uses.values():
             done_with[:] = [node for node in done_with if node not in kept]
@@ -170,7 +166,7 @@ class _Quicker(Interpreter):
             self._by_parts(n)
         if n in self._known:
             return self._known.pop(n)
-        if n in self._turned:
+        if n in self._large:
             return self._by_library(n)
         if n.target is _aten.softplus.default and _kind(n.args[0]).dtype is torch.float32:
             made = softplus(*self.fetch_args_kwargs_from_env(n)[0])
