@@ -194,10 +194,12 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
         advice = "start elsewhere, with smaller steps, or bound by what keeps a gradient, as softplus or a sigmoid does"
         return Verdict("stalled", (*reasons, advice, *_stopped(evidence)))
     if is_done(evidence.checks, evidence.trend, tolerance) and not is_worse(last.over_best, tolerance):
-        bad = khat.value is not None and khat_threshold is not None and khat.value > khat_threshold
-        if bad:
+        if khat.value is not None and khat_threshold is not None and khat.value > khat_threshold:
+            sure = khat.low is None or khat.low > khat_threshold
+            hint = "" if sure else "; its interval holds the threshold, so raise khat_draws to be sure"
             reasons.append(
                 f"k-hat {show(khat, '')} is above {khat_threshold:.2f}: use a richer family or reparameterise the model"
+                f"{hint}"
             )
             return Verdict("wrong_family", tuple(reasons))
         against = "" if khat_threshold is None else f" (threshold {khat_threshold:.2f})"
@@ -342,11 +344,13 @@ def _not_done(evidence: Evidence, tolerance: float) -> Outcome:
     """Stalled, slow or undecided.
 
     At a noise floor the iterates wander: the paired improvement from one to the next is large and of either sign. So a
-    gain counts as progress only where none of the last windows lost as significantly.
+    gain counts as progress only where none of the last windows lost as significantly, and at a plateau only where the
+    window before gained as well.
     """
-    last = evidence.checks[-1]
+    last, before = evidence.checks[-1], [check.improvement for check in evidence.checks[-2:-1]]
     wanders = _worst_fall(evidence, tolerance) is not None
-    improving = is_better(last.improvement, tolerance) and not wanders
+    chance = evidence.trend == "plateau" and any(e.low is not None and e.low <= tolerance for e in before)
+    improving = is_better(last.improvement, tolerance) and not (wanders or chance)
     far = last.gap.low is None or last.gap.low > tolerance
     flat = evidence.trend == "plateau" or (wanders and evidence.trend != "decaying")
     if flat and last.improvement.value is not None and not improving and far:

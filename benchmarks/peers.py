@@ -11,7 +11,6 @@ import pyro
 import torch
 
 from bbvi_conv.engine import Carry, start_carry
-from bbvi_conv.program.noise import BLOCK
 from bbvi_conv.run import Run
 from benchmarks.agree import numpyro_start
 from benchmarks.case import Case, Twin
@@ -31,19 +30,19 @@ def ours(case: Case, engine: str = "auto", *, amp: Any = None) -> Turn:
     carry, done = start_carry(run.settings.rule(), program.initial()), 0
     if case.seeds > 1:
         carry = Carry.stack([carry] * case.seeds)
-    draws = case.objective.draws
+    draws, block = case.objective.draws, run.stream.block
     share = 0.0
     if program.device.type == "cpu":
         start = time.perf_counter()
-        program.layout.draw(torch.Generator().manual_seed(0), BLOCK, draws, dtype=program.dtype)
-        share = case.seeds * (time.perf_counter() - start) / BLOCK
+        program.layout.draw(torch.Generator().manual_seed(0), block, draws, dtype=program.dtype)
+        share = case.seeds * (time.perf_counter() - start) / block
 
     def turn(steps: int) -> float:
         nonlocal carry, done
-        short = steps < BLOCK
+        short = steps < block
         if short:
-            if done // BLOCK != (done + steps - 1) // BLOCK:
-                done = (done // BLOCK + 1) * BLOCK
+            if done // block != (done + steps - 1) // block:
+                done = (done // block + 1) * block
             next(run.stream.steps(done, 1))  # the block is at hand
         start = time.perf_counter()
         carry, _ = run.engine.advance(carry, run.stream, done, steps)

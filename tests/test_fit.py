@@ -110,7 +110,7 @@ def test_conjugate_posterior_and_evidence(family: Any) -> None:
 @pytest.mark.parametrize("optimiser", [bc.Adam(bc.Constant(0.1)), bc.SGD(bc.Constant(0.005))], ids=["adam", "sgd"])
 def test_a_constant_step_is_stalled_and_its_tail_average_is_not(optimiser: Any) -> None:
     settings: dict[str, Any] = {"optimiser": optimiser, "objective": bc.ELBO(), "progress": False, "window": 125}
-    last = bc.fit(normal_mean, args=(rows(),), average="last", max_steps=2000, **settings)
+    last = bc.fit(normal_mean, args=(rows(),), average="last", max_steps=8000, **settings)
     assert last.verdict.outcome == "stalled"
     assert last.state.checks[-1].gap.low > last.settings.tol
     tail = bc.fit(normal_mean, args=(rows(),), average="tail", max_steps=8000, **settings)

@@ -186,7 +186,7 @@ def test_seeds_that_end_in_two_places_are_multimodal(signs: tuple[bc.Fit, Path])
 
 
 def test_seeds_that_agree_have_converged() -> None:
-    fit = bc.fit(normal_mean, args=(rows(),), num_seeds=3, **QUICK)
+    fit = bc.fit(normal_mean, args=(rows(),), num_seeds=3, **{**QUICK, "khat_draws": 2000})
     assert fit.verdict.outcome == "converged"
     assert fit.verdict.numbers["seeds"]["disagree"] == []
     assert "all 3 seeds converged" in str(fit.verdict)

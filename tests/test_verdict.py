@@ -55,6 +55,8 @@ TABLE: list[tuple[str, Evidence, Estimate, Outcome]] = [
     ("no gap, gaining", evidence((NONE, FIRST), (NONE, GAIN)), GOOD, "slow"),
     ("far, flat, nothing gained", evidence((FAR, FIRST), (FAR, VAGUE), trend="plateau"), GOOD, "stalled"),
     ("no gap, flat", evidence((NONE, FIRST), *[(NONE, ZERO)] * 3, trend="plateau"), GOOD, "stalled"),
+    ("flat, gained by chance", evidence((FAR, FIRST), (FAR, VAGUE), (FAR, GAIN), trend="plateau"), GOOD, "stalled"),
+    ("flat, gaining steadily", evidence((FAR, FIRST), (FAR, GAIN), (FAR, GAIN), trend="plateau"), GOOD, "slow"),
     ("up and down, last one up", evidence((FAR, FIRST), (FAR, LOSS), (FAR, GAIN)), GOOD, "stalled"),
     ("down, gradient growing", evidence((FAR, FIRST), (FAR, GAIN), (FAR, LOSS), trend="rising"), GOOD, "stalled"),
     ("wandering long ago", evidence((FAR, FIRST), (FAR, LOSS), *[(FAR, GAIN)] * 3), GOOD, "slow"),
@@ -102,6 +104,8 @@ def test_reasons_carry_numbers_thresholds_and_advice() -> None:
     assert "lower the step size" in told
     family = decide(TABLE[5][1], TOL, BAD, 0.65)
     assert "k-hat 0.9 [0.7, 1.1] is above 0.65: use a richer family" in family.reasons[-1]
+    assert "raise khat_draws" not in family.reasons[-1]
+    assert "raise khat_draws to be sure" in decide(TABLE[5][1], TOL, BAD, 0.8).reasons[-1]
     missing = decide(evidence((NONE, FIRST)), TOL, GOOD, 0.7)
     assert NONE.reason in missing.reasons[0]
     assert FIRST.reason in missing.reasons[1]

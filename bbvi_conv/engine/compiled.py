@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from queue import SimpleQueue
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.fx import GraphModule, Node
 from bbvi_conv.engine.engine import Carry, TracedEngine
 from bbvi_conv.engine.native import NativeLoop
 from bbvi_conv.engine.streams import Feed, Stream
-from bbvi_conv.engine.workers import Workers
+from bbvi_conv.engine.workers import Workers, one_thread
 from bbvi_conv.program.graphs import NARROW, PRODUCTS, widest
 
 LARGE = 2**15
@@ -89,27 +90,26 @@ class CompiledEngine:
 
     def advance(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
         """Run the steps unchecked; where their end is not finite, the traced engine goes through them again."""
-        moved = self._unchecked(carry, stream, start, count)
-        return self._traced.finite_or_again(moved, carry, stream, start, count)
+        with one_thread() if self.at_once > 1 else nullcontext():
+            moved = self._unchecked(carry, stream, start, count)
+            return self._traced.finite_or_again(moved, carry, stream, start, count)
 
     def _unchecked(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
-        """Run the loop once per block of noise, or once per block and seed."""
-        losses = []
-        for feed in stream.steps(start, count):
-            if self._group < self.num_seeds:
-                carry, loss = self._seeds(carry, feed)
-            else:
-                carry, loss = self._run(carry, feed)
-            losses.append(loss)
-        return carry, torch.cat(losses) if losses else carry.x.new_zeros(0, *carry.step.shape)
+        """Run the loop once per block of noise; where seeds are not all side by side, for each of them or each group.
 
-    def _seeds(self, carry: Carry, feed: Feed) -> tuple[Carry, Tensor]:
-        """All seeds over a block, or all groups; where they do not share out evenly among threads, in parts of it."""
+        Where these do not share out evenly among threads, a block is run in parts.
+        """
+        if not count:
+            return carry, carry.x.new_zeros(0, *carry.step.shape)
+        if self._group == self.num_seeds:
+            ends = [carry]
+            losses = list(self._advance(ends, 0, stream.steps(start, count)))
+            return ends[0], torch.cat(losses)
         places = self._places()
         parts = self.at_once if len(places) % self.at_once else 1
-        runs = [self._parts(carry.of_seeds(at), feed.of_seeds(at).split(parts)) for at in places]
-        made = self._workers.exhaust(runs) if self.at_once > 1 else [list(run) for run in runs]
-        ends, losses = [ran[-1][0] for ran in made], [torch.cat([loss for _, loss in ran]) for ran in made]
+        ends = [carry.of_seeds(at) for at in places]
+        runs = [self._advance(ends, i, stream.of_seeds(at).steps(start, count), parts) for i, at in enumerate(places)]
+        losses = [torch.cat(ran) for ran in (self._workers.exhaust(runs) if self.at_once > 1 else map(list, runs))]
         if self.in_turn:
             return Carry.stack(ends), torch.stack(losses, 1)
         return Carry.cat(ends), torch.cat(losses, 1)
@@ -120,10 +120,12 @@ class CompiledEngine:
             return range(self.num_seeds)
         return [slice(begin, begin + self._group) for begin in range(0, self.num_seeds, self._group)]
 
-    def _parts(self, carry: Carry, feeds: Sequence[Feed]) -> Iterator[tuple[Carry, Tensor]]:
+    def _advance(self, ends: list[Carry], number: int, feeds: Iterator[Feed], parts: int = 1) -> Iterator[Tensor]:
+        """The losses, block after block; meanwhile ``ends[number]`` is the carry they start from."""
         for feed in feeds:
-            carry, loss = self._run(carry, feed)
-            yield carry, loss
+            for part in feed.split(parts):
+                ends[number], loss = self._run(ends[number], part)
+                yield loss
 
     def _run(self, carry: Carry, feed: Feed) -> tuple[Carry, Tensor]:
         moving: Sequence[Tensor] = feed.noise

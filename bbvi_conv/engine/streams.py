@@ -28,11 +28,6 @@ class Feed(NamedTuple):
         """Whether the batch differs between evaluations."""
         return self.rows is not None or self.args is not None
 
-    def of_seeds(self, seed: int | slice) -> Feed:
-        """What the seed of that place sees, or several do."""
-        rows = None if self.rows is None else self.rows[:, seed]
-        return Feed(Noise(*(part[:, seed] for part in self.noise)), rows)
-
     def split(self, parts: int) -> list[Feed]:
         """Consecutive parts of it, as even as can be, none of them empty."""
         size = -(-len(self.noise.normal) // parts)
@@ -46,13 +41,18 @@ class Feed(NamedTuple):
         return program.batch(None if self.rows is None else self.rows[index])
 
 
+FEW, LONGEST = 2**15, 2**11
+"""Numbers and steps up to which a block is longer than ``BLOCK``: to begin one costs as much as 3,000 numbers."""
+
 NUMBERS, NUMBERS_ON_DEVICE = 2**22, 2**26
 """Numbers that a block of noise may hold for one seed, on the CPU and on another device."""
 
 
 def block_of(program: Program, draws: int) -> int:
-    """Steps in a block of noise: ``BLOCK``, or the largest part of it that holds no more numbers than it may."""
+    """Steps in a block of noise: ``BLOCK``; more where they hold few numbers, fewer where too many for one seed."""
     block, numbers = BLOCK, sum(program.layout) * draws
+    while block < LONGEST and 2 * block * numbers <= FEW:
+        block *= 2
     most = NUMBERS if program.device.type == "cpu" else NUMBERS_ON_DEVICE
     while block > 1 and block * numbers > most:
         block //= 2
@@ -72,6 +72,17 @@ class Stream:
         self.block = block_of(program, draws)
         self._held: tuple[int, Noise] | None = None
         self._single = [Stream(program, seed + s, name, draws) for s in range(num_seeds)] if num_seeds > 1 else []
+        self._several: dict[tuple[int, int], Stream] = {}
+
+    def of_seeds(self, place: int | slice) -> Stream:
+        """The stream of the seed of that place, or of several: the same one at every call, which holds its block."""
+        if isinstance(place, int):
+            return self._single[place]
+        begin, end, _ = place.indices(self.num_seeds)
+        if (begin, end) not in self._several:
+            seed, count = self.seed + begin, end - begin
+            self._several[begin, end] = Stream(self.program, seed, self.name, self.draws, num_seeds=count)
+        return self._several[begin, end]
 
     def _block(self, block: int) -> Noise:
         if self._held is None or self._held[0] != block:
@@ -80,9 +91,8 @@ class Stream:
 
     def _draw(self, block: int) -> Noise:
         if self._single:
-            return Noise(
-                *(torch.stack(parts, 1) for parts in zip(*(s._draw(block) for s in self._single), strict=True))
-            )
+            drawn = [one._draw(block) for one in self._single]
+            return Noise(*(torch.stack(parts, 1) for parts in zip(*drawn, strict=True)))
         gen = generator(self.seed, self.name, block, self.program.device)
         return self.program.layout.draw(gen, self.block, self.draws, dtype=self.program.dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -12,21 +13,33 @@ import torch
 T = TypeVar("T")
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's operations on the calling thread alone.
+
+    MKL obeys who spoke last, and threads of torch's own, once used, wait awake on the cores that workers need.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Workers:
-    """So many threads, on each of which torch's operations and generated code use that thread alone.
+    """The calling thread and others, on each of which torch's operations and generated code use that thread alone.
 
     Args:
-        count: how many.
+        count: how many in all, at least two.
     """
 
     def __init__(self, count: int) -> None:
-        self.count = count
-        self._pool = ThreadPoolExecutor(count, "bbvi_conv", torch.set_num_threads, (1,))
+        self._others = count - 1
+        self._pool = ThreadPoolExecutor(self._others, "bbvi_conv", torch.set_num_threads, (1,))
 
     def exhaust(self, runs: Sequence[Iterator[T]]) -> list[list[T]]:
         """What each iterator gives; they move on by one element in turn.
-
-        Meanwhile the calling thread, which waits, has one thread as well: MKL obeys who spoke last.
 
         Raises:
             Exception: of the first that fails, when none is moving any more.
@@ -50,15 +63,14 @@ class Workers:
                     raise
                 waiting.append((number, run))
 
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        workers = [self._pool.submit(work) for _ in range(self.count)]
-        try:
-            wait(workers)
-        finally:
-            stopped = True
-            wait(workers)
-            torch.set_num_threads(threads)
+        with one_thread():
+            workers = [self._pool.submit(work) for _ in range(self._others)]
+            try:
+                work()
+                wait(workers)
+            finally:
+                stopped = True
+                wait(workers)
         for worker in workers:
             worker.result()
         return found

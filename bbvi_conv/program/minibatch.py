@@ -56,17 +56,17 @@ class Minibatch:
     def indices(
         self, seed: int, step: int, count: int, total: int, block: int, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Row indices ``(count, B)`` of the steps ``step .. step + count - 1``, all inside one noise block."""
-        if self.sampling == "iid":
-            gen = generator(seed, "minibatch", step // block, device)
-            rows = torch.randint(total, (block, self.size), generator=gen, device=device)
-            return rows[step % block : step % block + count]
-        per_epoch = total // self.size
-        first, last = step // per_epoch, (step + count - 1) // per_epoch
-        epochs = [
-            torch.randperm(total, generator=generator(seed, "minibatch", e, device), device=device)
-            for e in range(first, last + 1)
-        ]
-        rows = torch.cat([e[: per_epoch * self.size].reshape(per_epoch, self.size) for e in epochs])
-        start = step - first * per_epoch
+        """Row indices ``(count, B)`` of the steps ``step .. step + count - 1``, drawn by the block or epoch."""
+        per_draw = block if self.sampling == "iid" else total // self.size
+        first, last = step // per_draw, (step + count - 1) // per_draw
+
+        def draw(number: int) -> Tensor:
+            gen = generator(seed, "minibatch", number, device)
+            if self.sampling == "iid":
+                return torch.randint(total, (per_draw, self.size), generator=gen, device=device)
+            rows = torch.randperm(total, generator=gen, device=device)
+            return rows[: per_draw * self.size].reshape(per_draw, self.size)
+
+        rows = torch.cat([draw(number) for number in range(first, last + 1)])
+        start = step - first * per_draw
         return rows[start : start + count]

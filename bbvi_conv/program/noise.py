@@ -1,7 +1,7 @@
 """Base noise: how much one run of the program consumes, and reproducible blocks of it.
 
-Noise is drawn in blocks of ``BLOCK`` steps keyed ``(seed, stream, block)``: chunk boundaries may fall anywhere and a
-resumed run sees the same numbers, because a block depends on nothing but its key.
+Noise is drawn in blocks of steps keyed ``(seed, stream, block)``: chunk boundaries may fall anywhere and a resumed run
+sees the same numbers, because a block depends on nothing but its key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 BLOCK = 256
-"""Steps in one block of noise."""
+"""Steps in one block of rows, and of noise where its steps hold neither few numbers nor too many."""
 MOST_SPREAD = 1024
 """Numbers in one draw up to which draws are spread evenly: beyond, that takes long, and a few points fill no space."""
 HALF_CELL = 2.0**-31

@@ -168,13 +168,8 @@ def test_bad_minibatches() -> None:
 
 
 def rows_of(sampling: str, total: int, size: int, start: int, count: int, seed: int = 3) -> Tensor:
-    """Rows of consecutive steps, gathered as the stream does: within one block at a time."""
-    minibatch, parts, end = Minibatch(size, plate="data", sampling=sampling), [], start + count
-    while start < end:
-        part = min(BLOCK - start % BLOCK, end - start)
-        parts.append(minibatch.indices(seed, start, part, total, BLOCK))
-        start += part
-    return torch.cat(parts)
+    """Rows of consecutive steps."""
+    return Minibatch(size, plate="data", sampling=sampling).indices(seed, start, count, total, BLOCK)
 
 
 def test_iid_rows_are_uniform_and_independent() -> None:
