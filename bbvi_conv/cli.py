@@ -70,6 +70,7 @@ def fit(
     minibatch: Annotated[int | None, typer.Option(help="rows a step sees")] = None,
     plate: Annotated[str | None, typer.Option(help="the plate whose rows are subsampled")] = None,
     step_size: Annotated[float | None, typer.Option(help="C of the optimiser's step-size rule")] = None,
+    max_norm: Annotated[float | None, typer.Option(help="length to which longer gradients are cut")] = None,
     held_out: Annotated[
         bool, typer.Option("--held-out/--no-held-out", help="judge on the file's held_out(), where it has one")
     ] = True,
@@ -93,7 +94,8 @@ def fit(
         options = {"family": family, "max_steps": steps, "tol": tol, "engine": engine, "device": device, "dtype": dtype}
         options |= {"num_seeds": seeds, "objective": objective, "particles": particles, "estimator": estimator}
         options |= {"groups": groups, "alpha": alpha, "elbo-weight": elbo_weight}
-        options |= {"minibatch": minibatch, "plate": plate, "step_size": step_size, "amp": amp}
+        options |= {"minibatch": minibatch, "plate": plate, "amp": amp}
+        options |= {"step_size": step_size, "max_norm": max_norm}
         settings = _settings(found, {name: value for name, value in options.items() if value is not None})
         result = _fit(found, settings, directory, quiet)
         _finish(result, directory, quiet)
@@ -243,19 +245,23 @@ def _settings(found: ModelFile, options: dict[str, Any]) -> dict[str, Any]:
     details = {name: options[option] for option, name in _OF_OBJECTIVES.items() if option in options}
     if "objective" in options or details:
         settings["objective"] = _objective(chosen.bound(), options.get("objective"), details)
-    if "step_size" in options:
-        settings["optimiser"] = _with_step_size(chosen.rule(), options["step_size"])
+    if "step_size" in options or "max_norm" in options:
+        settings["optimiser"] = _optimiser(chosen.rule(), options)
     return settings
 
 
-def _with_step_size(optimiser: Any, size: float) -> Any:
-    """The optimiser with C changed in its rule, or in the rule of the optimiser that it projects."""
+def _optimiser(base: Any, options: Mapping[str, Any]) -> Any:
+    """The optimiser with C and the longest gradient as asked for, or with those changed in what it projects."""
     from bbvi_conv.optim import Projected
 
-    if isinstance(optimiser, Projected):
-        return dataclasses.replace(optimiser, optimiser=_with_step_size(optimiser.optimiser, size))
-    rule = _replaced(optimiser.step_size, {"size": size}, {"step-size": "size"})
-    return dataclasses.replace(optimiser, step_size=rule)
+    if isinstance(base, Projected):
+        return dataclasses.replace(base, optimiser=_optimiser(base.optimiser, options))
+    if "step_size" in options:
+        rule = _replaced(base.step_size, {"size": options["step_size"]}, {"step-size": "size"})
+        base = dataclasses.replace(base, step_size=rule)
+    if "max_norm" in options:
+        base = _replaced(base, {"max_norm": options["max_norm"]}, {"max-norm": "max_norm"})
+    return base
 
 
 _OF_OBJECTIVES = {

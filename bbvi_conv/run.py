@@ -41,7 +41,8 @@ class Settings:
     Attributes:
         family: makes the guide when none is given.
         objective: the bound; None: the ELBO by 10 draws a step, or by one draw where a plate is subsampled.
-        optimiser: None: Adam with step size ``0.3 / sqrt(n)``, or ``1e-3`` where a plate is subsampled.
+        optimiser: None: Adam with step size ``0.3 / sqrt(n)``; for flows and encoders ``0.1 / sqrt(n)`` and no gradient
+            longer than 10; ``1e-3`` where a plate is subsampled.
         minibatch: rows a step sees; None: all.
         max_steps: steps at most.
         tol: tolerance on the remaining gap, in total nats.
@@ -89,7 +90,13 @@ class Settings:
 
     def rule(self) -> Optimiser:
         """The optimiser, chosen where none was given."""
-        return self.optimiser or Adam(Constant(1e-3) if self.minibatch else InverseSqrt(0.3))
+        if self.optimiser is not None:
+            return self.optimiser
+        if self.minibatch:
+            return Adam(Constant(1e-3))
+        if getattr(self.family, "layered", False):
+            return Adam(InverseSqrt(0.1), max_norm=10.0)
+        return Adam(InverseSqrt(0.3))
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "window", "khat_draws", "num_seeds"):

@@ -175,7 +175,11 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
     """Outcome and reasons, in the order a reader needs them."""
     if evidence.failure:
         return Verdict(
-            "diverged", (evidence.failure, "the last finite parameters are kept; lower the step size or rescale")
+            "diverged",
+            (
+                evidence.failure,
+                "the last finite parameters are kept; lower the step size, give it a max_norm or rescale",
+            ),
         )
     if not evidence.checks:
         return Verdict("undecided", (f"no check was made: {_why_none(evidence)}",))

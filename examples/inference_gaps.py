@@ -173,7 +173,7 @@ def flows(
     The flow starts with the encoder's location and scale. A gap below zero says that log p(x) was estimated too low.
     """
     em = bc.VariationalEM(
-        family=bc.IAF(),
+        family=bc.IAF(limit=4.0),
         step_size=0.01,
         tol=1e-2,
         window=max(20, size.flow_steps // 10),

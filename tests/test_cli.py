@@ -140,6 +140,7 @@ def test_a_wrong_support(tmp_path: Path) -> None:
         (("--tol", "-0.1"), ("tol must be positive", "-0.1")),
         (("--step-size", "0"), ("step size must be positive", "0")),
         (("--step-size", "inf"), ("step size must be positive and finite",)),
+        (("--max-norm", "0"), ("max_norm must be positive", "0")),
     ],
 )
 def test_an_option_value_that_is_none(tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]) -> None:
@@ -224,11 +225,12 @@ def test_options_override_the_file_which_overrides_the_library(tmp_path: Path) -
     own = 'fit = {"max_steps": 7, "tol": 0.25, "optimiser": bc.SGD(bc.Constant(0.001)), "seed": 4}\n'
     path = write(tmp_path, MODEL + own)
     options = ["--tol", "0.75", "--step-size", "0.002", "--family", "full-rank", "--dtype", "float32"]
-    options += ["--particles", "3", "--quiet"]
+    options += ["--particles", "3", "--max-norm", "4", "--quiet"]
     assert call("fit", path, "--out", tmp_path / "run", *options).exit_code == 3
     settings: dict[str, Any] = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert (settings["max_steps"], settings["tol"], settings["seed"]) == (7, 0.75, 4)
-    assert settings["optimiser"] == {"class": "SGD", "step_size": {"class": "Constant", "size": 0.002}}
+    rule = {"class": "Constant", "size": 0.002}
+    assert settings["optimiser"] == {"class": "SGD", "step_size": rule, "max_norm": 4.0}
     assert settings["family"]["class"] == "FullRank"
     assert settings["objective"]["num_particles"] == 3
     assert settings["dtype"] == {"dtype": "float32"}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import bbvi_conv as bc
 from bbvi_conv.data.posteriordb import posterior
 from bbvi_conv.model_file import load_model
+from bbvi_conv.run import Settings
 from bbvi_conv.verdict import OUTCOMES
 
 needs_data = pytest.mark.skipif(
@@ -102,6 +103,32 @@ def test_conjugate_posterior_and_evidence(family: Any) -> None:
     error = (bound.high - bound.low) / 3.92
     assert bound.value - float(evidence) < 4 * error
     assert float(evidence) - bound.value < 4 * error + fit.settings.tol
+
+
+@pytest.mark.parametrize("family", [bc.RealNVP(), bc.IAF()], ids=["real-nvp", "iaf"])
+@pytest.mark.parametrize("name", ["funnel", "eight_schools"])
+def test_flows_go_downhill_by_default(family: Any, name: str) -> None:
+    """Step sizes for location and scale, 0.3 / sqrt(n), make a loss that is not finite of the first of these steps."""
+    file = load_model(name)
+    fit = bc.fit(file.model, args=file.args, family=family, max_steps=300, khat_draws=50, progress=False)
+    assert not fit.state.frozen
+    losses = [loss for _, _, loss in fit.state.losses]
+    best = {"funnel": 0.0, "eight_schools": 31.3}[name]  # of any family at most: minus the evidence, or below
+    assert best - 0.5 < losses[-1] < best + 1.7
+    assert losses[0] > best + 5  # power: it was far away
+
+
+def test_rules_by_default() -> None:
+    rows, flow = bc.Minibatch(2, plate="rows"), bc.Adam(bc.InverseSqrt(0.1), max_norm=10.0)
+    for family, rule in (
+        (bc.MeanField(), bc.Adam(bc.InverseSqrt(0.3))),
+        (bc.Mixture(2), bc.Adam(bc.InverseSqrt(0.3))),
+        (bc.NeuralSpline(), flow),
+        (bc.Mixture(2, bc.RealNVP()), flow),
+        (bc.Amortized(bc.MLP()), flow),
+    ):
+        assert Settings(family=family).rule() == rule
+        assert Settings(family=family, minibatch=rows).rule() == bc.Adam(bc.Constant(1e-3))
 
 
 # ---- not converged ----

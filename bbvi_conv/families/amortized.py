@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -131,6 +131,8 @@ class Amortized:
     encoder: Encoder = MLP()  # noqa: RUF009 - frozen
     head: VectorFamily = MeanField(init_scale=1.0)  # noqa: RUF009 - frozen
     argument: int = 0
+
+    layered: ClassVar[bool] = True
 
     def __call__(self, model: Callable[..., Any]) -> AmortizedGuide:
         """A guide for ``model``, built at its first run."""

@@ -96,6 +96,8 @@ class VectorFamily(ABC):
     init_scale: float
     path_log_q: ClassVar[bool] = True
     """Whether log q is known at given values, as sticking the landing, double reparameterisation and mixtures need."""
+    layered: ClassVar[bool] = False
+    """Whether parameters act through layers, so that steps on them have to be small."""
 
     @abstractmethod
     def parameters(self, loc: Tensor, scale: Tensor) -> dict[str, Parameter]:

@@ -151,6 +151,11 @@ class Mixture(VectorFamily):
         """The component's."""
         return self.component.init_scale
 
+    @property
+    def layered(self) -> bool:  # type: ignore[override]
+        """The component's."""
+        return self.component.layered
+
     def parameters(self, loc: Tensor, scale: Tensor) -> dict[str, Parameter]:
         """Those of the components, stacked in front of their own dimensions, and the logits of the weights."""
         starts = [loc + self.spread * torch.randn_like(loc) for _ in range(self.num_components)]

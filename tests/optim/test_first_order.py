@@ -40,13 +40,18 @@ def ours(optimiser: Optimiser, grads: Tensor) -> Tensor:
 
 
 def torchs(
-    make: Callable[..., torch.optim.Optimizer], size: Callable[[int], float], grads: Tensor, **options: Any
+    make: Callable[..., torch.optim.Optimizer],
+    size: Callable[[int], float],
+    grads: Tensor,
+    max_norm: float = math.inf,
+    **options: Any,
 ) -> Tensor:
     x = torch.nn.Parameter(torch.ones(grads.shape[1], dtype=grads.dtype))
     optimiser, path = make([x], lr=1.0, **options), []
     for n, grad in enumerate(grads, start=1):
         optimiser.param_groups[0]["lr"] = size(n)
         x.grad = grad.clone()
+        torch.nn.utils.clip_grad_norm_([x], max_norm)
         optimiser.step()
         path.append(x.detach().clone())
     return torch.stack(path)
@@ -74,6 +79,22 @@ def test_adam_is_torchs(rule: Any, formula: Callable[[int], float], betas: tuple
 def test_sgd_is_torchs(rule: Any, formula: Callable[[int], float]) -> None:
     grads = gradients()
     torch.testing.assert_close(ours(SGD(rule), grads), torchs(torch.optim.SGD, formula, grads), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("make", "torch_makes"), [(SGD, torch.optim.SGD), (Adam, torch.optim.Adam)])
+def test_long_gradients_are_cut_as_torch_cuts_them(make: Any, torch_makes: Any) -> None:
+    rule, grads = Constant(0.05), gradients()
+    lengths = grads.norm(dim=1)
+    assert 0.1 < float((lengths > 500).double().mean()) < 0.9  # power: some are, some are not
+    expected = torchs(torch_makes, lambda n: 0.05, grads, max_norm=500.0)
+    torch.testing.assert_close(ours(make(rule, max_norm=500.0), grads), expected, rtol=1e-7, atol=1e-7)
+    assert float((ours(make(rule), grads) - expected).abs().max()) > 1e-3
+
+
+def test_each_seed_has_its_own_length() -> None:
+    grads, one = torch.tensor([[3.0, 4.0], [0.3, 0.4]]), torch.ones(())
+    moved, _ = SGD(Constant(1.0), max_norm=1.0).update(grads, (), torch.zeros(2, 2), one)
+    torch.testing.assert_close(moved, torch.tensor([[-0.6, -0.8], [-0.3, -0.4]]))
 
 
 @pytest.mark.parametrize(("rule", "formula"), RULES, ids=lambda rule: type(rule).__name__)
@@ -119,6 +140,8 @@ def test_updates_are_pure() -> None:
         (lambda: Adam(beta1=1.0), r"beta1 must lie in \[0, 1\), got 1.0"),
         (lambda: Adam(beta2=-0.1), r"beta2 must lie in \[0, 1\), got -0.1"),
         (lambda: Adam(eps=-1e-8), "eps must be positive and finite"),
+        (lambda: Adam(max_norm=0.0), "max_norm must be positive and finite, got 0.0"),
+        (lambda: SGD(max_norm=float("inf")), "max_norm must be positive and finite, got inf"),
     ],
 )
 def test_bad_arguments(make: Callable[[], Any], sentence: str) -> None:

@@ -36,7 +36,7 @@ class Affine:
         limit: c, the largest :math:`|a|`.
     """
 
-    limit: float = 4.0
+    limit: float
 
     @property
     def size(self) -> int:

@@ -123,38 +123,53 @@ class _Networked(Flow):
 
 
 @dataclass(frozen=True)
-class RealNVP(_Networked):
+class _Scaling(_Networked):
+    """Flows whose layers scale and shift: the log scales of all layers add up."""
+
+    limit: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.limit < math.inf:
+            raise ValueError(f"limit must be positive and finite, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class RealNVP(_Scaling):
     """Affine couplings: cheap both ways.
 
     Args:
         num_layers: layers; which coordinates change goes round after four.
         init_scale: standard deviation at the start.
         hidden: units of the hidden layers of a coupling's network.
+        limit: largest change of a coordinate's log scale by a layer: more can fit more, and overflows sooner.
 
     Raises:
-        ValueError: counts below 1, or a scale that is not positive.
+        ValueError: counts below 1, a scale or limit that is not positive.
 
     Reference: Dinh et al. (2017), https://arxiv.org/abs/1605.08803
     """
 
     num_layers: int = 8
+    limit: float = 1.0
 
     def layer(self, dim: int, index: int) -> Layer:
         """An affine coupling."""
-        return coupling(dim, index, Affine(), self.hidden)
+        return coupling(dim, index, Affine(self.limit), self.hidden)
 
 
 @dataclass(frozen=True)
-class IAF(_Networked):
+class IAF(_Scaling):
     """Inverse autoregressive flow, the order reversed from layer to layer. No log q at given values.
 
     Args:
         num_layers: layers.
         init_scale: standard deviation at the start.
         hidden: units of the hidden layers, raised to the number of latent dimensions where that is larger.
+        limit: largest change of a coordinate's log scale by a layer: more can fit more, and overflows sooner.
 
     Raises:
-        ValueError: counts below 1, or a scale that is not positive.
+        ValueError: counts below 1, a scale or limit that is not positive.
 
     Reference: Kingma et al. (2016), https://arxiv.org/abs/1606.04934
     """
@@ -163,7 +178,7 @@ class IAF(_Networked):
 
     def layer(self, dim: int, index: int) -> Layer:
         """An affine autoregression."""
-        return Autoregressive(dim, bool(index % 2), Affine(), self.hidden)
+        return Autoregressive(dim, bool(index % 2), Affine(self.limit), self.hidden)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Size, Tensor, nn
@@ -52,6 +52,8 @@ class Flow(VectorFamily):
 
     num_layers: int = 4
     init_scale: float = 0.1
+
+    layered: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         Softplus().check(self.init_scale)
