@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bbvi_conv.engine.engine import Carry, TracedEngine
-from bbvi_conv.engine.native import NativeLoop
+from bbvi_conv.engine.engine import Carry, TracedEngine, start_carry
+from bbvi_conv.engine.native import CannotCompile, NativeLoop
 from bbvi_conv.engine.streams import Feed, Stream
 from bbvi_conv.engine.workers import Workers, one_thread
 from bbvi_conv.program.graphs import NARROW, PRODUCTS, widest
+from bbvi_conv.program.program import Program
 
 LARGE = 2**15
 """Numbers in the widest tensor of a step from which generated code uses every thread."""
@@ -79,14 +80,40 @@ class CompiledEngine:
         return self._loop.cached
 
     def prepare(self) -> bool:
-        """Compile, or load what an earlier process compiled; whether it was made now."""
+        """Compile, or load what an earlier process compiled; whether it was made now.
+
+        Raises:
+            CannotCompile, NoCompiler: with the reason; code that gives another step than the traced engine.
+        """
         made = self._loop.load()
         self._free: SimpleQueue[NativeLoop] = SimpleQueue()
         for loop in (self._loop, *(self._loop.twin() for _ in range(self.at_once - 1))):
             self._free.put(loop)
         if self.at_once > 1:
             self._workers = Workers(self.at_once)
+        self._check()
         return made
+
+    def _check(self) -> None:
+        """Compare a first step with the traced engine's: its losses, and what the optimiser remembers of gradients.
+
+        Where it remembers nothing the moves are compared. They may differ by far more than roundings, for a gradient
+        may be the small difference of large numbers; but no parameter's by as much as wrong code makes of it.
+        """
+        program, traced = self.calculus.program, self._traced
+        start = start_carry(traced.optimiser, program.initial())
+        carry = Carry.stack([start] * self._group)
+        feed = next(Stream(program, 0, "compile", self.calculus.objective.draws, num_seeds=self._group).steps(0, 1))
+        found, (loss,) = self._run(carry, feed)
+        with torch.no_grad():
+            right, right_loss = traced.side_by_side(self._group).step(carry, feed.noise.at(0), feed.batch(program, 0))
+        tolerance = 0.2 if traced.amp else 1e-2 if program.dtype is torch.float32 else 1e-5
+        wrong = [] if torch.allclose(loss, right_loss, tolerance, tolerance, equal_nan=True) else ["the loss"]
+        for a, b in zip(found.unstack(), right.unstack(), strict=True):
+            if int(b.bad) < 0:
+                wrong += _differing(program, _moves(a, start), _moves(b, start), tolerance)
+        if wrong:
+            raise CannotCompile(f"compiled code does not give the step of the traced engine ({wrong[0]})")
 
     def advance(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
         """Run the steps unchecked; where their end is not finite, the traced engine goes through them again."""
@@ -138,6 +165,26 @@ class CompiledEngine:
         finally:
             self._free.put(loop)
         return Carry.unflatten(flat), loss
+
+
+def _moves(carry: Carry, start: Carry) -> list[Tensor]:
+    """What a first step made of the optimiser's memory of gradients; where it has none, of the iterate."""
+    memories = [part for part in carry.state if part.shape == carry.x.shape]
+    return memories or [carry.x - start.x]
+
+
+def _differing(program: Program, found: list[Tensor], right: list[Tensor], tolerance: float) -> list[str]:
+    """Names of the parameters in which flat vectors differ by that share of their norm, or of a thousandth of all."""
+    names = []
+    for a, b in zip(found, right, strict=True):
+        least = 1e-3 * b.norm()
+        parts = [{**theta, **phi} for theta, phi in map(program.split, (a, b))]
+        names += [
+            name
+            for name, part in parts[1].items()
+            if not (parts[0][name] - part).norm() <= tolerance * torch.maximum(part.norm(), least)
+        ]
+    return names
 
 
 def in_turn(traced: TracedEngine) -> bool:

@@ -150,6 +150,12 @@ class StepGraph(NamedTuple):
     example: list[Tensor]
     vectorised: bool = True
 
+    def step(self, carry: Carry, noise: Noise, batch: Batch) -> tuple[Carry, Tensor]:
+        """The carry after a step, and its loss."""
+        rows = [] if batch.indices is None else [batch.indices]
+        *flat, loss = self.graph(*carry.flat(), *noise, *batch.args, *rows)
+        return Carry.unflatten(flat), loss
+
 
 class TracedEngine:
     """Runs one graph of plain operations per step: gradient, optimiser and average included, and all seeds at once.
@@ -159,6 +165,7 @@ class TracedEngine:
     round.
 
     Attributes:
+        amp: how products of a step round.
         one: a step of one seed.
         carried: how many of its inputs are the carry.
     """
@@ -178,7 +185,7 @@ class TracedEngine:
         program = calculus.program
         if amp == "tf32" and program.device.type != "cuda":
             raise ValueError(f'amp="tf32" needs a CUDA device, and this run is on {program.device}: leave it out')
-        self.tf32 = amp == "tf32"
+        self.amp, self.tf32 = amp, amp == "tf32"
         start = start_carry(optimiser, program.initial())
         noise, batch = program.example()
         draws = Noise(*(part.expand(calculus.objective.draws, -1).clone() for part in noise))
@@ -214,13 +221,8 @@ class TracedEngine:
     def advance(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
         """Run the graph once per step."""
 
-        def one(carry: Carry, noise: Noise, batch: Batch) -> tuple[Carry, Tensor]:
-            rows = [] if batch.indices is None else [batch.indices]
-            *flat, loss = self.all.graph(*carry.flat(), *noise, *batch.args, *rows)
-            return Carry.unflatten(flat), loss
-
         with torch.no_grad(), float32_products(self.tf32):
-            return _loop(one, self.calculus, carry, stream, start, count)
+            return _loop(self.all.step, self.calculus, carry, stream, start, count)
 
     def finite_or_again(
         self, moved: tuple[Carry, Tensor], carry: Carry, stream: Stream, start: int, count: int

@@ -101,9 +101,15 @@ def build(
         try:
             program = _build(model, guide, args, kwargs, family, minibatch, attempt, device, seed, loop)
         except RuntimeError as error:
-            if attempt is attempts[-1] or "dtype" not in str(error):
+            if "dtype" not in str(error):
                 raise
-            continue
+            if attempt is not attempts[-1]:
+                continue
+            name = str(attempt).removeprefix("torch.")
+            raise ValueError(
+                f"the model does not run in {name} ({str(error).splitlines()[0]}): tensors and networks made outside "
+                "of it keep their own dtype; cast them, make them inside the model, or choose another dtype"
+            ) from error
         if dtype is None and attempt is torch.float64 and not _is_small(program):
             program = _build(model, guide, args, kwargs, family, minibatch, torch.float32, device, seed, loop)
         return program

@@ -1,4 +1,4 @@
-"""Equal forms of torch functions that cost less than torch's own where a program is traced or mapped over draws.
+"""Equal forms of functions that cost less than torch's own, or can be traced, where a program is mapped over draws.
 
 A form has the value and the gradient of its function, to rounding. Under ``torch.func`` some functions are taken apart
 into many operations before a decomposition table sees them; the tape puts the form in their place.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,6 +24,19 @@ def _cross_entropy(x: Tensor, y: Tensor, **options: Any) -> Any:
     if x.shape != y.shape:
         return NotImplemented  # torch says what is wrong
     return functional.softplus(x, threshold=LINEAR_FROM) - y * x
+
+
+class SafeLog:
+    """In place of Pyro's autograd function of that name: the gradient of log x is at most 1 / eps, the value untouched.
+
+    Written by hand, a gradient is none of a graph's.
+    """
+
+    @staticmethod
+    def apply(x: Tensor) -> Tensor:
+        least = torch.finfo(x.dtype).eps
+        below = x.detach().log() + (x - x.detach()) / least
+        return torch.where(x > least, x.clamp(min=least).log(), below)
 
 
 FORMS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pyro
 import torch
@@ -15,7 +16,7 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
-from torch.distributions import transform_to
+from torch.distributions import Distribution, transform_to
 
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import Noise, NoiseLayout, random_state
@@ -58,11 +59,17 @@ class Rows(Messenger):  # type: ignore[misc]
 def quiet_pyro(
     store: dict[str, Any] | None, dtype: torch.dtype, device: torch.device, *, validate: bool = False
 ) -> Iterator[None]:
-    """Pyro's handlers with a store, default dtype and device, and validation flag of their own; put back at the end."""
+    """Pyro's handlers with a store, default dtype and device, and validation flag of their own; put back at the end.
+
+    Without ``validate`` no value is checked, not even by a distribution made elsewhere with validation on, such as the
+    prior of a ``PyroSample``: where a program is traced, a check is control flow that depends on values.
+    """
     before = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(pyro.get_param_store().scope(store))
         stack.enter_context(pyro.validation_enabled(validate))
+        if not validate:
+            stack.enter_context(mock.patch.object(Distribution, "_validate_sample", return_value=None))
         stack.callback(torch.set_default_dtype, before)
         torch.set_default_dtype(dtype)
         if device.type != "cpu":

@@ -226,6 +226,8 @@ def check_site(site: Any) -> None:
         inside = support.check(value)
     except NotImplementedError:
         return
+    if rest := len(event) - support.event_dim:  # a factor's value is an empty vector, its support that of a number
+        inside = inside.flatten(-rest).all(-1)
     mask = site.get("mask")
     if isinstance(mask, Tensor):
         inside = inside | ~mask

@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pyro.ops.special
 import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor, nn
+from torch._C._functorch import TransformType, _wrap_functional_tensor, is_functionaltensor, peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from bbvi_conv.program.forms import FORMS
+from bbvi_conv.program.forms import FORMS, SafeLog
 from bbvi_conv.program.noise import Noise, NoiseLayout
 
 _ABOUT_THE_LEAF = (Tensor.requires_grad.__get__, Tensor.is_leaf.__get__)  # type: ignore[attr-defined]
@@ -117,15 +119,41 @@ class Tape(TorchFunctionMode):
             out = func(*args, **kwargs)
         if self.mark_no_grad and not torch.is_grad_enabled() and not name.endswith("_"):
             out = tree_map(lambda x: x.detach() if isinstance(x, Tensor) and x.is_floating_point() else x, out)
+        if self.mark_no_grad:
+            out = tree_map(functools.partial(_functional, given=(*args, *kwargs.values())), out)
         if self.mark_no_grad and func is Tensor.detach:
             return out.clone()  # torch's gamma clamps a detached alias in place: functionalised, it cuts the gradient
         return out
 
 
+def _functional(made: Any, given: tuple[Any, ...]) -> Any:
+    """A new tensor made of constants alone, as one that functionalisation can take changes out of.
+
+    It knows nothing of copies of the data, and takes what ``torch.tensor`` makes for a detached view: what latents are
+    written to there would lose their gradients.
+    """
+    interpreter = peek_interpreter_stack()
+    if interpreter is None or interpreter.key() != TransformType.Functionalize or not isinstance(made, Tensor):
+        return made
+    constants = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
+    if any(map(is_functionaltensor, constants)):
+        return made
+    if is_functionaltensor(made):
+        return made.clone()
+    place = made.untyped_storage().data_ptr()
+    if any(t.untyped_storage().data_ptr() == place for t in constants):
+        return made
+    return _wrap_functional_tensor(made, interpreter.level())
+
+
 @contextmanager
 def taped(tape: Tape) -> Iterator[Tape]:
-    """Run under ``tape``, with torch's Dirichlet draws expressed through gammas for the time being."""
-    with mock.patch.object(torch.distributions.dirichlet, "_Dirichlet", _TapedDirichlet), tape:
+    """Run under ``tape``, for the time being without two autograd functions: torch's of Dirichlet draws, Pyro's log."""
+    with (
+        mock.patch.object(torch.distributions.dirichlet, "_Dirichlet", _TapedDirichlet),
+        mock.patch.object(pyro.ops.special, "_SafeLog", SafeLog),
+        tape,
+    ):
         yield tape
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bbvi_conv.program.buffers import buffers_kept
@@ -15,7 +18,7 @@ from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.terms import Terms
-from bbvi_conv.program.tracer import trace
+from bbvi_conv.program.tracer import Kind, trace
 
 LogWeights = Callable[..., Terms]
 """``(theta, phi_sample, phi_density, noise, batch) -> Terms``."""
@@ -25,17 +28,31 @@ class Untraceable(RuntimeError):
     """The program cannot become a graph; the reason is the message. The eager engine still runs it."""
 
 
+_aten: Any = torch.ops.aten
+
+
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(target.dtype).expand(target.shape)
 
 
+def _index_put(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
+    """One number wherever a mask says so; other writes are left to torch."""
+    mask, *more = indices
+    if mask is None or mask.dtype is not torch.bool or more or values.numel() != 1 or accumulate:
+        return NotImplemented
+    mask = mask.reshape(*mask.shape, *[1] * (target.dim() - mask.dim()))
+    return torch.where(mask, values.reshape(()), target)
+
+
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.copy.default: _copy,
-    torch.ops.aten.fill.Scalar: torch.full_like,
-    torch.ops.aten._efficientzerotensor.default: torch.zeros,
+    _aten.copy.default: _copy,
+    _aten.fill.Scalar: torch.full_like,
+    _aten.index_put.default: _index_put,
+    _aten._efficientzerotensor.default: torch.zeros,
 }
-"""``aten.copy``, left by functionalised mutation, has no derivative of its own; ``aten.fill`` has no ``vmap`` rule; and
-torch imports its compiler in order to add one of its zero tensors without memory, which second derivatives leave."""
+"""``aten.copy``, left by functionalised mutation, has no derivative of its own; ``aten.fill`` has no ``vmap`` rule, nor
+has ``aten.index_put`` with a mask, as left by ``x[mask] = 0``; and torch imports its compiler in order to add one of
+its zero tensors without memory, which second derivatives leave."""
 
 
 def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = True) -> GraphModule:
@@ -65,7 +82,10 @@ def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = 
             raise Untraceable(f"random operation {node.target} is not on the noise tape")
         if node.op == "call_function":
             _fix_dtype(node)
-            _fix_end(node)
+            _fix_ends(node)
+            _fix_masks(graph, node)
+            if node.target is _aten.view.default:  # what is one block of memory here may not be under vmap
+                node.target = _aten.reshape.default
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -75,10 +95,40 @@ def _shape_varies(node: Node, varying: set[Node]) -> bool:
     """Whether the result has a shape that only the values of this run tell."""
     if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
         return False
-    deciding = node.all_input_nodes
-    if node.target is torch.ops.aten.index.Tensor:  # only a mask decides on a shape, indices do not
-        deciding = [n for n in deciding[1:] if n.meta["tensor_meta"].dtype in (torch.bool, torch.uint8)]
-    return bool(varying.intersection(deciding))
+    return bool(varying.intersection(_masks(node) if node.target is _aten.index.Tensor else node.all_input_nodes))
+
+
+def _masks(node: Node) -> list[Node]:
+    """What decides on the shape of the tensor that is picked out: masks do, indices do not."""
+    indices: Any = node.args[1]
+    return [n for n in indices if n is not None and n.meta["tensor_meta"].dtype in (torch.bool, torch.uint8)]
+
+
+def _fix_masks(graph: GraphModule, node: Node) -> None:
+    """Write the places that a constant mask picks into the graph: under ``vmap``, and compiled, there are no masks."""
+    if node.target is not _aten.index.Tensor or not (masks := _masks(node)):
+        return
+    found: list[Node | None] = []
+    for indices in node.args[1]:  # type: ignore[union-attr]
+        if indices not in masks:
+            found.append(indices)  # type: ignore[arg-type]
+            continue
+        for places in _value(graph, indices).nonzero().unbind(1):  # type: ignore[arg-type]
+            name = f"_{node.name}_{len(found)}"
+            graph.register_buffer(name, places)
+            with graph.graph.inserting_before(node):
+                made = graph.graph.create_node("get_attr", name, (), {})
+            made.meta["tensor_meta"] = Kind(places.shape, places.dtype)
+            found.append(made)
+    node.update_arg(1, found)
+
+
+def _value(graph: GraphModule, node: Node) -> Any:
+    """What a node gives that depends on no input of the graph."""
+    if node.op == "get_attr":
+        return getattr(graph, str(node.target))
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: _value(graph, n))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _fix_dtype(node: Node) -> None:
@@ -90,18 +140,21 @@ def _fix_dtype(node: Node) -> None:
         node.kwargs = {**node.kwargs, "dtype": node.meta["tensor_meta"].dtype}
 
 
-_SLICES = (torch.ops.aten.slice.Tensor, torch.ops.aten.slice_scatter.default, torch.ops.aten.slice_backward.default)
+_SLICES = {_aten.slice.Tensor: 1, _aten.slice_scatter.default: 2, _aten.slice_backward.default: 2}
+"""Operation -> where its arguments name the dimension; start and end follow."""
 
 
-def _fix_end(node: Node) -> None:
-    """Write the end of an open slice into the graph: under ``vmap`` torch overflows on a strided slice without one."""
+def _fix_ends(node: Node) -> None:
+    """Write starts and ends of slices as places from the front: under ``vmap`` torch misreads other ones."""
     if node.target not in _SLICES:
         return
     args: Any = node.args
-    for i, argument in enumerate(args):
-        if isinstance(argument, int) and argument == torch.iinfo(torch.int64).max:
-            sizes = args[1] if node.target is _SLICES[2] else args[0].meta["tensor_meta"].shape
-            node.update_arg(i, sizes[args[i - 2]])
+    where = _SLICES[node.target]
+    sizes = args[1] if node.target is _aten.slice_backward.default else args[0].meta["tensor_meta"].shape
+    size = sizes[args[where] if len(args) > where else 0]
+    for i, end in enumerate(args[where + 1 : where + 3], where + 1):
+        if isinstance(end, int):
+            node.update_arg(i, max(end + size, 0) if end < 0 else min(end, size))
 
 
 def first_sentence(error: Exception) -> str:
@@ -163,8 +216,9 @@ class TracedLogWeights:
         theta, phi = program.split(program.initial())
         noise, batch = program.example()
         names_t, names_p = list(theta), list(phi)
+        names = [*names_t, *names_p, *(() if joint else names_p)]
 
-        def function(*flat: Tensor) -> tuple[Tensor, ...]:
+        def function(*flat: Tensor, tracing: bool = True) -> tuple[Tensor, ...]:
             rest = iter(flat)
             theta = {name: next(rest) for name in names_t}
             sample = {name: next(rest) for name in names_p}
@@ -172,13 +226,43 @@ class TracedLogWeights:
             noise = Noise(next(rest), next(rest))
             args = tuple(next(rest) for _ in batch.args)
             rows = next(rest) if batch.indices is not None else None
-            return tuple(program.log_weights(theta, sample, density, noise, Batch(args, rows), tracing=True))
+            return tuple(program.log_weights(theta, sample, density, noise, Batch(args, rows), tracing=tracing))
 
         flat = [*theta.values(), *phi.values(), *(() if joint else phi.values()), *noise, *batch.args]
         if batch.indices is not None:
             flat.append(batch.indices)
         with buffers_kept(program.modules):  # clones: the tracer tells inputs apart by identity
-            self._graphs[joint] = to_graph(function, *(x.clone() for x in flat))
+            graph = to_graph(function, *(x.clone() for x in flat))
+            _check(graph, functools.partial(function, tracing=False), flat, names)
+        self._graphs[joint] = graph
+
+
+def _check(graph: GraphModule, function: Callable[..., Any], flat: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Compare values and gradients of a graph, in the parameters called ``names``, with those of what was traced.
+
+    Raises:
+        Untraceable: where they differ by more than roundings.
+    """
+
+    def slopes(run: Callable[..., Any]) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in flat[: len(names)]]
+        with torch.enable_grad():
+            made = run(*leaves, *flat[len(names) :])
+            total = sum(weight * part.sum() for weight, part in enumerate(made, 1))
+        assert isinstance(total, Tensor)
+        given = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+        return [total.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, given, strict=True))]
+
+    found, right = slopes(graph), slopes(function)
+    largest = max((float(x.nan_to_num().abs().max()) for x in right[1:] if x.numel()), default=0.0)
+    for name, a, b in zip(("the density", *names), found, right, strict=True):
+        least = largest if a.dim() else 1.0
+        tolerance = 1e-3 if a.dtype is torch.float32 else 1e-6
+        if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * least, equal_nan=True):
+            raise Untraceable(
+                f"its graph does not give what the program itself does ({name}): something in it changes from run to "
+                "run, or a tensor is changed in a way that a graph cannot follow"
+            )
 
 
 def over_draws(function: Callable[..., Any], mapped: Sequence[bool], *, vectorise: bool) -> Callable[..., Any]:
@@ -193,9 +277,21 @@ def over_draws(function: Callable[..., Any], mapped: Sequence[bool], *, vectoris
     def call(*args: Any) -> Any:
         moving = [a for a, m in zip(args, mapped, strict=True) if m]
         if vectorise:  # what is not mapped stays outside, so that the identity of its objects is kept
-            return torch.vmap(lambda *picked: function(*merge(args, iter(picked))))(*moving)
+            with _without_advice():
+                return torch.vmap(lambda *picked: function(*merge(args, iter(picked))))(*moving)
         count = len(next(x for x in tree_leaves(moving) if x is not None))
         picks = (tree_map(lambda x, i=i: x[i], moving) for i in range(count))
         return tree_map(lambda *xs: torch.stack(xs), *[function(*merge(args, iter(pick))) for pick in picks])
 
     return call
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """No word from torch, on standard error, about operations that it maps one by one."""
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        functorch._set_vmap_fallback_warning_enabled(True)

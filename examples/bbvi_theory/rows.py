@@ -116,7 +116,7 @@ def _stationary(target: Target) -> list[Row]:
         (SURENDRAN, "full-rank", FullRank(0.3, clipped), "soft-clip", ENTROPY, plain, sgd, bounded),
         (SURENDRAN, "mean-field", MeanField(0.3, clipped), "soft-clip", STL, in_ball, adam, bounded),
         (SURENDRAN, "full-rank", FullRank(0.3, clipped), "soft-clip", ENTROPY, in_ball, adam, bounded),
-        (SURENDRAN, "RealNVP", RealNVP(limit=4.0), "flow", ENTROPY, in_ball, small, None),
+        (SURENDRAN, "RealNVP", RealNVP(), "flow", ENTROPY, in_ball, small, None),
         (SURENDRAN, "mixture of 2", mixture, "soft-clip", "stratified", in_ball, adam, None),
     ]
     rows = []

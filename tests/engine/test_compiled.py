@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import bbvi_conv as bc
 from bbvi_conv.engine import Calculus, Carry, Engine, Stream, make_engine, start_carry
 from bbvi_conv.engine.compiled import CompiledEngine, _groups, in_turn
 from bbvi_conv.engine.engine import TracedEngine
+from bbvi_conv.engine.native import NativeLoop
 from bbvi_conv.engine.streams import block_of
 from bbvi_conv.families import MeanField
 from bbvi_conv.objectives import ELBO, IWAE, Objective
@@ -340,9 +342,12 @@ def test_a_damaged_entry_is_built_anew(tiny: Callable[[], CompiledEngine], tmp_p
 
 
 def test_the_cache_folder_is_private_and_another_is_not_used(
-    tiny: Callable[[], CompiledEngine], tmp_path: Path
+    tiny: Callable[[], CompiledEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny()
+    elsewhere = tmp_path / "temporary"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
     folder = tmp_path / "cache"
     assert folder.stat().st_mode & 0o777 == 0o700
     where = entry(tmp_path)
@@ -351,6 +356,26 @@ def test_the_cache_folder_is_private_and_another_is_not_used(
         engine = tiny()
     assert int(advance(engine, ELBO(), 5)[0].step) == 5
     assert entry(tmp_path) == where
+    assert not list(elsewhere.glob("bbvi_conv-*"))
+
+
+@pytest.mark.parametrize("rule", [RULE, SGD(Constant(0.01))], ids=["adam", "sgd"])
+@pytest.mark.parametrize("number", [0, 1], ids=["loss", "gradient"])
+def test_code_that_gives_another_step_is_not_used(
+    program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: Any, number: int
+) -> None:
+    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
+    right = NativeLoop.__call__
+
+    def wrong(self: NativeLoop, *given: Any) -> tuple[list[Tensor], list[Tensor]]:
+        carry, (loss,) = right(self, *given)
+        return ([1.1 * part for part in carry], [loss]) if number else (carry, [1.1 * loss])
+
+    monkeypatch.setattr(NativeLoop, "__call__", wrong)
+    with pytest.raises(ValueError, match=r"cannot be compiled: compiled code does not give the step .*(loc|the loss)"):
+        make_engine("compiled", program, ELBO(), rule)
+    with pytest.warns(UserWarning, match="does not give the step of the traced engine"):  # nor by a later process
+        assert make_engine("auto", program, ELBO(), rule).name == "traced"
 
 
 # ---- where compiling fails ----

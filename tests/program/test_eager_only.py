@@ -16,7 +16,7 @@ from bbvi_conv.engine.streams import Feed, Stream
 from bbvi_conv.families import MeanField
 from bbvi_conv.objectives import ELBO
 from bbvi_conv.optim import SGD, Constant
-from bbvi_conv.program import Program
+from bbvi_conv.program import Program, tape
 from bbvi_conv.program.build import build
 from bbvi_conv.program.trace import TracedLogWeights
 
@@ -171,6 +171,31 @@ def test_hand_written_gradient(agrees_with_pyro) -> None:
     program = build(model, None, (Y,), family=MeanField(), dtype=torch.float64)
     assert "'Doubled' has a hand-written gradient" in reason(program)
     agrees_with_pyro(program, traced=False)
+
+
+def test_a_model_that_changes_from_run_to_run() -> None:
+    calls = []
+
+    def model(y: Tensor) -> None:
+        calls.append(y)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z * len(calls), 1.0).expand([4]).to_event(1), obs=y)
+
+    program = build(model, None, (Y,), family=MeanField(), dtype=torch.float64)
+    assert "does not give what the program itself does (the density)" in reason(program)
+
+
+def test_a_graph_without_a_gradient_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        mean = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        mean[1] = z  # functionalised as it stands, what is written to a new tensor has the value but not the gradient
+        pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+    monkeypatch.setattr(tape, "_functional", lambda made, given: made)
+    program = build(model, None, (Y,), family=MeanField(), dtype=torch.float64)
+    assert "does not give what the program itself does (" in reason(program)
+    assert "(the density)" not in reason(program)
 
 
 def test_batch_norm(draw) -> None:

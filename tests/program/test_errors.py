@@ -150,3 +150,15 @@ def test_enumeration_is_refused_by_site() -> None:
         ours = ELBO().loss(summed, guide, x)
         pyro.set_rng_seed(0)
         assert ours == pytest.approx(TraceEnum_ELBO(max_plate_nesting=1).loss(mixture, guide, x), rel=1e-5)
+
+
+def test_tensors_of_another_dtype() -> None:
+    weights = torch.ones(3, 1)
+
+    def regression(x: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        pyro.factor("f", -(a @ weights).square().sum())
+
+    with pytest.raises(ValueError, match=r"does not run in float64 \(.*dtype.*keep their own dtype; cast them"):
+        build(regression, None, (X,), family=MeanField(), dtype=torch.float64)
+    assert build(regression, None, (X,), family=MeanField()).dtype is torch.float32  # no dtype asked for: one that runs

@@ -10,7 +10,7 @@ import subprocess
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -101,7 +101,12 @@ def library(name: str, make: Callable[[], Plan], *, contracted: bool) -> tuple[c
         root = cache.folder()
     except cache.UnsafeCache as error:
         warnings.warn(f"{error}; until then compiled code is not kept", stacklevel=2)
-        root = Path(mkdtemp(prefix="bbvi_conv-"))
+        with TemporaryDirectory(prefix="bbvi_conv-") as gone:  # what has been loaded from it stays loaded
+            return _library(Path(gone), name, make, contracted=contracted)
+    return _library(root, name, make, contracted=contracted)
+
+
+def _library(root: Path, name: str, make: Callable[[], Plan], *, contracted: bool) -> tuple[ctypes.CDLL, Plan, bool]:
     found = _load(root / name)
     if found is not None:
         return *found, False
