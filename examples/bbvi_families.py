@@ -40,7 +40,8 @@ FAMILIES: dict[str, tuple[Any, float]] = {
     "mixture-of-flows": (bc.Mixture(2, bc.RealNVP(num_layers=4, init_scale=1.0, limit=4.0), spread=3.0), 0.003),
 }
 """Name -> family and first step size: of those tried, a factor of about three apart, the one that did best on the
-funnel after 4,000 steps of one seed. Full-rank was as good, to the error of its KL, at 0.01, 0.03 and 0.1."""
+funnel after 4,000 steps of one seed. Full-rank was as good, to the error of its KL, at 0.01, 0.03 and 0.1. Log scales
+of a layer may change by 4: with the default of IAF, 2, the funnel's KL is 0.069 instead of 0.051 nats."""
 DRAWS = 8
 
 
