@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bbvi_conv.engine.engine import Carry, TracedEngine, start_carry
-from bbvi_conv.engine.native import CannotCompile, NativeLoop
+from bbvi_conv.engine.native import CannotCompile, NativeLoop, StoppedEarly
 from bbvi_conv.engine.streams import Feed, Stream
 from bbvi_conv.engine.workers import Workers, one_thread
 from bbvi_conv.program.graphs import NARROW, PRODUCTS, widest
@@ -72,6 +72,7 @@ class CompiledEngine:
             2 + program.by_index,
             resident=[program.args[i] for i in program.batched] if self._gathers else (),
             threads=1 if self.at_once > 1 else _threads(graph),
+            checked=program.minibatch is not None,  # what is picked by all the data is seen before, by its rows not
         )
 
     @property
@@ -104,7 +105,10 @@ class CompiledEngine:
         start = start_carry(traced.optimiser, program.initial())
         carry = Carry.stack([start] * self._group)
         feed = next(Stream(program, 0, "compile", self.calculus.objective.draws, num_seeds=self._group).steps(0, 1))
-        found, (loss,) = self._run(carry, feed)
+        try:
+            found, (loss,) = self._run(carry, feed)
+        except StoppedEarly:  # the run will say at which index
+            return
         with torch.no_grad():
             right, right_loss = traced.side_by_side(self._group).step(carry, feed.noise.at(0), feed.batch(program, 0))
         tolerance = 0.2 if traced.amp else 1e-2 if program.dtype is torch.float32 else 1e-5
@@ -116,9 +120,15 @@ class CompiledEngine:
             raise CannotCompile(f"compiled code does not give the step of the traced engine ({wrong[0]})")
 
     def advance(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:
-        """Run the steps unchecked; where their end is not finite, the traced engine goes through them again."""
+        """Run the steps unchecked; where their end is not finite, the traced engine goes through them again.
+
+        So it does where one stops at an index that is out of range: it says which.
+        """
         with one_thread() if self.at_once > 1 else nullcontext():
-            moved = self._unchecked(carry, stream, start, count)
+            try:
+                moved = self._unchecked(carry, stream, start, count)
+            except StoppedEarly:
+                return self._traced.advance(carry, stream, start, count)
             return self._traced.finite_or_again(moved, carry, stream, start, count)
 
     def _unchecked(self, carry: Carry, stream: Stream, start: int, count: int) -> tuple[Carry, Tensor]:

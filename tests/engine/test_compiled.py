@@ -22,7 +22,7 @@ from bbvi_conv.engine.compiled import CompiledEngine, _groups, in_turn
 from bbvi_conv.engine.engine import TracedEngine
 from bbvi_conv.engine.native import NativeLoop
 from bbvi_conv.engine.streams import block_of
-from bbvi_conv.families import MeanField
+from bbvi_conv.families import MeanField, NeuralSpline
 from bbvi_conv.objectives import ELBO, IWAE, Objective
 from bbvi_conv.optim import SGD, Adam, Constant, InverseSqrt
 from bbvi_conv.program import Minibatch, Program
@@ -376,6 +376,40 @@ def test_code_that_gives_another_step_is_not_used(
         make_engine("compiled", program, ELBO(), rule)
     with pytest.warns(UserWarning, match="does not give the step of the traced engine"):  # nor by a later process
         assert make_engine("auto", program, ELBO(), rule).name == "traced"
+
+
+@pytest.mark.parametrize("draws", [1, 10])
+def test_code_that_the_compiler_refuses_is_written_once_more(draws: int) -> None:
+    """Inductor forgets the index of a permuted vector that a spline is made of, unless it is to check the index."""
+    program = build(several, None, (), family=NeuralSpline(num_layers=1), dtype=torch.float64)
+    traced, compiled = (make_engine(name, program, ELBO(draws), RULE) for name in ("traced", "compiled"))
+    (right, losses), (found, same) = (advance(engine, ELBO(draws), 5) for engine in (traced, compiled))
+    torch.testing.assert_close(same, losses, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.x, right.x, rtol=1e-9, atol=1e-12)
+
+
+def several() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("group", 8):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.arange(8.0))
+
+
+def grouped(group: Tensor, y: Tensor) -> None:
+    level = pyro.sample("level", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(level[group], 1.0), obs=y)
+
+
+def test_an_index_out_of_range_in_rows_not_seen_before_is_named() -> None:
+    group = torch.arange(40) % 5
+    group[37] = 9
+    batch = Minibatch(4, plate="data")
+    program = build(grouped, None, (group, torch.zeros(40)), family=MeanField(), minibatch=batch)
+    engine = make_engine("compiled", program, ELBO(), RULE)
+    with pytest.raises(IndexError, match="index 9 is out of bounds"):
+        advance(engine, ELBO(), 200)
 
 
 # ---- where compiling fails ----

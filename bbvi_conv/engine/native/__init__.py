@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bbvi_conv.engine.native.library import NoCompiler
-from bbvi_conv.engine.native.loop import NativeLoop
+from bbvi_conv.engine.native.loop import NativeLoop, StoppedEarly
 from bbvi_conv.engine.native.plan import CannotCompile
 
-__all__ = ["CannotCompile", "NativeLoop", "NoCompiler"]
+__all__ = ["CannotCompile", "NativeLoop", "NoCompiler", "StoppedEarly"]

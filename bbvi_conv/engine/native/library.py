@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +18,7 @@ from bbvi_conv.engine.native import cache, codec
 from bbvi_conv.engine.native.plan import Plan
 from bbvi_conv.engine.native.source import text
 
-FORMAT = "20"
+FORMAT = "21"
 """Changes with the layout of a cache entry or with the generated code."""
 
 _LIBRARY, _PLAN = "step.so", "plan.json"
@@ -89,10 +89,11 @@ def is_cached(name: str) -> bool:
         return False
 
 
-def library(name: str, make: Callable[[], Plan], *, contracted: bool) -> tuple[ctypes.CDLL, Plan, bool]:
+def library(name: str, plans: Callable[[], Iterator[Plan]], *, contracted: bool) -> tuple[ctypes.CDLL, Plan, bool]:
     """The library of that name, from the cache or made now; its plan; and whether it was made now.
 
-    A damaged entry is made anew. A cache folder that others could write to is not used, with a warning.
+    It is made from the first of ``plans`` whose text the compiler takes. A damaged entry is made anew. A cache folder
+    that others could write to is not used, with a warning.
 
     Raises:
         NoCompiler: if the compiler fails.
@@ -102,19 +103,28 @@ def library(name: str, make: Callable[[], Plan], *, contracted: bool) -> tuple[c
     except cache.UnsafeCache as error:
         warnings.warn(f"{error}; until then compiled code is not kept", stacklevel=2)
         with TemporaryDirectory(prefix="bbvi_conv-") as gone:  # what has been loaded from it stays loaded
-            return _library(Path(gone), name, make, contracted=contracted)
-    return _library(root, name, make, contracted=contracted)
+            return _library(Path(gone), name, plans, contracted=contracted)
+    return _library(root, name, plans, contracted=contracted)
 
 
-def _library(root: Path, name: str, make: Callable[[], Plan], *, contracted: bool) -> tuple[ctypes.CDLL, Plan, bool]:
+def _library(
+    root: Path, name: str, plans: Callable[[], Iterator[Plan]], *, contracted: bool
+) -> tuple[ctypes.CDLL, Plan, bool]:
     found = _load(root / name)
     if found is not None:
         return *found, False
-    plan = make()
-    with cache.entry(root, name) as new:
-        _build(text(plan), new, _flags(contracted))
-        record = {**codec.encode(plan), "sha256": cache.digest(new / _LIBRARY)}
-        (new / _PLAN).write_text(json.dumps(record))
+    refused: NoCompiler | None = None
+    for plan in plans():
+        try:
+            with cache.entry(root, name) as new:
+                _build(text(plan), new, _flags(contracted))
+                record = {**codec.encode(plan), "sha256": cache.digest(new / _LIBRARY)}
+                (new / _PLAN).write_text(json.dumps(record))
+            break
+        except NoCompiler as error:
+            refused = refused or error
+    else:
+        raise refused or NoCompiler("there is nothing to compile")
     found = _load(root / name)
     if found is None:
         raise NoCompiler(f"the compiled library in {root / name} cannot be loaded")

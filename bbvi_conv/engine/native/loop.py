@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any
 from weakref import ref
@@ -37,6 +37,10 @@ def _bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
+class StoppedEarly(RuntimeError):
+    """A step found an index that is out of range."""
+
+
 class NativeLoop:
     """``(carry, held, moving inputs, rows, fixed inputs) -> (carry, other results)``, T times, in one call.
 
@@ -50,6 +54,8 @@ class NativeLoop:
         held: how many inputs after the carry are given anew with every call, and are the same for all its steps.
         resident: data whose rows, drawn at every step, are the inputs after those.
         threads: threads of the generated code.
+        checked: stop at an index that is out of range, which costs up to a quarter of a small step; else such an index
+            must not occur.
 
     Raises:
         CannotCompile, NoCompiler: with the reason.
@@ -65,8 +71,9 @@ class NativeLoop:
         held: int = 0,
         resident: Sequence[Tensor] = (),
         threads: int = 1,
+        checked: bool = False,
     ) -> None:
-        self.carry, self.moving, self.held, self.threads = carry, moving, held, threads
+        self.carry, self.moving, self.held, self.threads, self.checked = carry, moving, held, threads, checked
         self._resident = [data.contiguous() for data in resident]
         self._changing = changing = carry + held + moving + len(resident)
         lifted, constants = lift(graph)
@@ -78,7 +85,7 @@ class NativeLoop:
         self.results = results(graph)[carry:]
         shapes = "; ".join(f"{t.dtype} {tuple(t.shape)} {t.stride()}" for t in self._example)
         self._contracted = widest(graph) < WIDE
-        described = f"{lifted.code}\n{shapes}\n{carry} {threads} {products.makers()}"
+        described = f"{lifted.code}\n{shapes}\n{carry} {threads} {checked} {products.makers()}"
         self.name = name_of(described, __version__, contracted=self._contracted)
 
     def _drawn(self, example: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -98,7 +105,7 @@ class NativeLoop:
 
     def load(self) -> bool:
         """Make or load the library and its memory; whether it was made now."""
-        self._library, self._plan, made = library(self.name, self._lower, contracted=self._contracted)
+        self._library, self._plan, made = library(self.name, self._lowered, contracted=self._contracted)
         self._lay()
         return made
 
@@ -125,7 +132,13 @@ class NativeLoop:
         self._last: list[tuple[ref[Tensor], int]] = []
         self._callback = _CALL(self._call)
 
-    def _lower(self) -> Plan:
+    def _lowered(self) -> Iterator[Plan]:
+        """The plan; and a checked one, should the compiler refuse its text: Inductor drops what only an index reads."""
+        yield self._lower(checked=self.checked)
+        if not self.checked:
+            yield self._lower(checked=True)
+
+    def _lower(self, *, checked: bool) -> Plan:
         with warnings.catch_warnings():  # what torch says to itself, at import and in its lowerings
             for category in (DeprecationWarning, FutureWarning):
                 warnings.simplefilter("ignore", category)
@@ -134,7 +147,7 @@ class NativeLoop:
             except ImportError as error:
                 raise CannotCompile(f"this torch has another Inductor than the one known: {error}") from error
             try:
-                return lower(self._graph, self._example, self.carry, threads=self.threads)
+                return lower(self._graph, self._example, self.carry, threads=self.threads, checked=checked)
             except CannotCompile:
                 raise
             except Exception as error:  # whatever Inductor cannot do, the traced engine can
@@ -162,6 +175,8 @@ class NativeLoop:
 
         Returns:
             The carry, and the other results, each ``(steps, ...)``.
+        Raises:
+            StoppedEarly: at an index that is out of range, in checked code.
         """
         for slot, value, last in zip(self._example, given, self._returned(len(given)), strict=False):
             if last is None or last[0]() is not value or last[1] != value._version:
@@ -184,7 +199,7 @@ class NativeLoop:
         )
         if made < steps:
             error, self._error = self._error, None
-            raise error if error is not None else RuntimeError("the compiled loop stopped early")
+            raise error if error is not None else StoppedEarly("the compiled loop stopped early")
         carry = [slot.clone() for slot in self._example[: self.carry]]
         self._last = [(ref(value), value._version) for value in carry]
         return carry, kept

@@ -100,13 +100,13 @@ def _decompositions() -> dict[Any, Any]:
     return {**known, **functions.decompositions(known), **own}
 
 
-def _settings(threads: int) -> dict[str, Any]:
+def _settings(threads: int, checked: bool) -> dict[str, Any]:
     bits = vector_bits()
     return {
         "cpp.threads": threads,
         "cpp.simdlen": bits or 1,
         "cpp.vec_isa_ok": bool(bits),
-        "assert_indirect_indexing": False,
+        "assert_indirect_indexing": checked,
         "size_asserts": False,
         "alignment_asserts": False,
         "cpp_wrapper": False,
@@ -232,7 +232,9 @@ def _copy(source: Place, target: Place, part: Tensor, moves: str) -> Copy:
     return Copy(source, target, part.numel() * part.itemsize, moves)
 
 
-def lower(graph: GraphModule, example: Sequence[Tensor], carry: int, *, threads: int = 1) -> Plan:
+def lower(
+    graph: GraphModule, example: Sequence[Tensor], carry: int, *, threads: int = 1, checked: bool = False
+) -> Plan:
     """Lower ``graph``, whose first ``carry`` results replace its first ``carry`` inputs, to a plan.
 
     The inputs of the plan are those of the graph and one more per further result, to which it is written.
@@ -242,6 +244,7 @@ def lower(graph: GraphModule, example: Sequence[Tensor], carry: int, *, threads:
         example: one tensor per input, for shapes and strides.
         carry: how many results replace inputs.
         threads: threads of the generated code.
+        checked: throw at an index that is out of range.
 
     Raises:
         CannotCompile: with the reason.
@@ -249,7 +252,7 @@ def lower(graph: GraphModule, example: Sequence[Tensor], carry: int, *, threads:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(config.patch(_known(_settings(threads))))
+        stack.enter_context(config.patch(_known(_settings(threads, checked))))
         stack.enter_context(V.set_fake_mode(mode))
         stack.enter_context(tracing(TracingContext(mode)))
         with mode:

@@ -8,6 +8,7 @@ from bbvi_conv.engine.native.plan import Copy, Instruction, Kernel, Loop, Place,
 
 _HEAD = """
 #include <cstring>
+#include <exception>
 """
 
 _ENTRY = """
@@ -20,7 +21,7 @@ static int step(char* const* s, Call call) {{
 
 // Runs `steps` steps. s: memory of the slots; moving, feed, size: slots filled anew at every step, from where, by how
 // many bytes; drawn, data, width: slots filled with `batch` rows of resident data, from where, by how many bytes a row;
-// kept, store, length: slots saved after every step, to where. Returns the steps made.
+// kept, store, length: slots saved after every step, to where. Returns the steps made, fewer where one has failed.
 extern "C" int64_t advance(int64_t steps, char* const* s, Call call,
                            int64_t feeds, const int64_t* moving, const char* const* feed, const int64_t* size,
                            int64_t batch, const int64_t* rows,
@@ -31,7 +32,11 @@ extern "C" int64_t advance(int64_t steps, char* const* s, Call call,
         for (int64_t i = 0; i < gathers; ++i)
             for (int64_t b = 0; b < batch; ++b)
                 std::memcpy(s[drawn[i]] + b * width[i], data[i] + rows[t * batch + b] * width[i], width[i]);
-        if (step(s, call)) return t;
+        try {{
+            if (step(s, call)) return t;
+        }} catch (const std::exception&) {{
+            return t;
+        }}
         for (int64_t i = 0; i < stores; ++i) std::memcpy(store[i] + t * length[i], s[kept[i]], length[i]);
     }}
     return steps;
