@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from bbvi_conv.monitor.distance import scaled
-from bbvi_conv.monitor.intervals import Estimate, unavailable
+from bbvi_conv.monitor.intervals import unavailable
 from bbvi_conv.monitor.judge import Check
 from bbvi_conv.monitor.seeds import Agreement, agreement, highest
 from bbvi_conv.monitor.state import signal_to_noise, summary
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from bbvi_conv.archive import Archive
     from bbvi_conv.evaluate import Latents
+    from bbvi_conv.posterior import Tail
     from bbvi_conv.theory import Assumptions
 
 
@@ -333,18 +334,19 @@ class Fit:
 
     def _verdict(self) -> Verdict:
         evidence = self._evidence()
-        khat, threshold = self._khat(evidence)
-        verdict = decide(evidence, self.settings.tol, khat, threshold)
-        return dataclasses.replace(verdict, numbers=self._numbers(khat, threshold))
+        tail, threshold = self._tail(evidence)
+        verdict = decide(evidence, self.settings.tol, tail.khat, threshold, tail.effective)
+        return dataclasses.replace(verdict, numbers=self._numbers(tail, threshold))
 
     def _verdict_of_seeds(self) -> Verdict:
         """Each seed by itself, k-hat for the best only; then whether they agree."""
         evidence = [fit._evidence() for fit in self.seeds]
         best = self.seeds[self.best]
-        khat, threshold = best._khat(evidence[self.best])
-        other = unavailable("asked for at the best seed only: fit.seeds[i].verdict has it")
+        tail, threshold = best._tail(evidence[self.best])
+        of_best = (tail.khat, threshold, tail.effective)
+        other = (unavailable("asked for at the best seed only: fit.seeds[i].verdict has it"), None)
         verdicts = {
-            seed: decide(seen, self.settings.tol, *((khat, threshold) if fit is best else (other, None)))
+            seed: decide(seen, self.settings.tol, *(of_best if fit is best else other))
             for seed, fit, seen in zip(self.run.seeds, self.seeds, evidence, strict=True)
         }
         found = self.agreement()
@@ -356,7 +358,7 @@ class Fit:
             own |= {name: by_seed[seed].to_json() for name, by_seed in compared.items() if seed in by_seed}
             each.append({"seed": seed, "outcome": verdicts[seed].outcome, "steps": fit.state.step, **own})
         agreed = {"best": self.run.seeds[self.best], "disagree": list(found.disagree), "each": each}
-        return dataclasses.replace(verdict, numbers={**best._numbers(khat, threshold, self), "seeds": agreed})
+        return dataclasses.replace(verdict, numbers={**best._numbers(tail, threshold, self), "seeds": agreed})
 
     def agreement(self) -> Agreement:
         """Bounds and posterior locations of the seeds beside those of the best, by seed; frozen ones are left out."""
@@ -370,12 +372,12 @@ class Fit:
             losses[list(running.values())], list(running), self.run.seeds[self.best], located, self.settings.tol
         )
 
-    def _khat(self, evidence: Evidence) -> tuple[Estimate, float | None]:
-        if evidence.failure or not evidence.checks:
-            return unavailable("the run made no check" if not evidence.failure else "the run diverged"), None
-        from bbvi_conv.posterior import khat, khat_threshold
+    def _tail(self, evidence: Evidence) -> tuple[Tail, float | None]:
+        from bbvi_conv.posterior import Tail, khat_threshold, tail_of
 
-        return khat(self), khat_threshold(self.settings.khat_draws)
+        if evidence.failure or not evidence.checks:
+            return Tail(unavailable("the run made no check" if not evidence.failure else "the run diverged")), None
+        return tail_of(self), khat_threshold(self.settings.khat_draws)
 
     def _distances(self) -> dict[str, Any]:
         """Numbers of the check of what one seed returns, and its last improvement."""
@@ -417,7 +419,7 @@ class Fit:
             }
         }
 
-    def _numbers(self, khat: Estimate, threshold: float | None, whole: Fit | None = None) -> dict[str, Any]:
+    def _numbers(self, tail: Tail, threshold: float | None, whole: Fit | None = None) -> dict[str, Any]:
         """Everything ``verdict.json`` holds besides outcome and reasons; gradient norms and rate are over ``whole``."""
         whole = whole or self
         seen = figures(whole.state)
@@ -431,7 +433,7 @@ class Fit:
             },
             "signal_to_noise": {g: signal_to_noise(self.state.monitor, g).to_json() for g in ("theta", "phi")},
             "rate": seen.rate.to_json(),
-            "khat": {**khat.to_json(), "threshold": threshold},
+            "khat": {**tail.khat.to_json(), "threshold": threshold, "effective": tail.effective},
             "steps": whole.state.step,
             "seconds": dict(whole.seconds),
             "engine": {"name": whole.engine_name, "reason": whole.engine_reason},

@@ -28,6 +28,10 @@ OUTCOMES: dict[Outcome, str] = {
 DOUBLINGS = 3
 """Windows without improvement that decide where the remaining gap is not available."""
 
+EFFECTIVE = 0.9
+"""Share of draws that are effective from which a large k-hat is about far tails alone. Log weights of variance v leave
+a share of about exp(-v), and KL(q || p) is then about v / 2: 0.05 nats."""
+
 NOISE = 0.1
 """Signal-to-noise ratio of one gradient below which phi is told to be noise."""
 
@@ -171,8 +175,14 @@ def is_done(checks: Sequence[Check], trend: Trend, tolerance: float) -> bool:
     return len(recent) == DOUBLINGS and all(quiet) and trend != "plateau"
 
 
-def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold: float | None) -> Verdict:
-    """Outcome and reasons, in the order a reader needs them."""
+def decide(
+    evidence: Evidence,
+    tolerance: float,
+    khat: Estimate,
+    khat_threshold: float | None,
+    effective: float | None = None,
+) -> Verdict:
+    """Outcome and reasons, in the order a reader needs them; ``effective`` is the share of k-hat's draws that count."""
     if evidence.failure:
         return Verdict(
             "diverged",
@@ -198,19 +208,8 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
         advice = "start elsewhere, with smaller steps, or bound by what keeps a gradient, as softplus or a sigmoid does"
         return Verdict("stalled", (*reasons, advice, *_stopped(evidence)))
     if is_done(evidence.checks, evidence.trend, tolerance) and not is_worse(last.over_best, tolerance):
-        if khat.value is not None and khat_threshold is not None and khat.value > khat_threshold:
-            sure = khat.low is None or khat.low > khat_threshold
-            hint = "" if sure else "; its interval holds the threshold, so raise khat_draws to be sure"
-            reasons.append(
-                f"k-hat {show(khat, '')} is above {khat_threshold:.2f}: use a richer family or reparameterise the model"
-                f"{hint}"
-            )
-            return Verdict("wrong_family", tuple(reasons))
-        against = "" if khat_threshold is None else f" (threshold {khat_threshold:.2f})"
-        close = khat.high is not None and khat_threshold is not None and khat.high > khat_threshold
-        hint = ": its interval holds the threshold, raise khat_draws or use a richer family to be sure" if close else ""
-        reasons.append(f"k-hat {show(khat, '')}{against}{hint}")
-        return Verdict("converged", tuple(reasons))
+        outcome, said = _family(khat, khat_threshold, effective)
+        return Verdict(outcome, (*reasons, said))
     reasons.append(f"gradient norm: {evidence.trend_reason}")
     if (fall := _worst_fall(evidence, tolerance)) is not None:
         reasons.append(
@@ -234,6 +233,24 @@ def decide(evidence: Evidence, tolerance: float, khat: Estimate, khat_threshold:
         )
     reasons += _stopped(evidence)
     return Verdict(outcome, tuple(reasons))
+
+
+def _family(khat: Estimate, threshold: float | None, effective: float | None) -> tuple[Outcome, str]:
+    """What the importance weights say of a run that is done."""
+    said = f"k-hat {show(khat, '')}"
+    if khat.value is None or threshold is None:
+        return "converged", said
+    if khat.value <= threshold:
+        close = khat.high is not None and khat.high > threshold
+        hint = ": its interval holds the threshold, raise khat_draws or use a richer family to be sure" if close else ""
+        return "converged", f"{said} (threshold {threshold:.2f}){hint}"
+    above = f"{said} is above {threshold:.2f}"
+    if effective is not None and effective >= EFFECTIVE:
+        share = f"{effective:.0%} of its draws are effective"
+        return "converged", f"{above}, but {share}: q differs from the posterior in far tails alone"
+    sure = khat.low is None or khat.low > threshold
+    hint = "" if sure else "; its interval holds the threshold, so raise khat_draws to be sure"
+    return "wrong_family", f"{above}: use a richer family or reparameterise the model{hint}"
 
 
 def _stopped(evidence: Evidence) -> list[str]:

@@ -28,6 +28,7 @@ from bbvi_conv.posterior import (
     khat_threshold,
     neutral,
     pareto_shape,
+    tail,
     tail_shape,
     to_datatree,
     to_inference_data,
@@ -180,6 +181,36 @@ def test_khat_tells_a_narrow_guide_from_a_wide_one() -> None:
     wide = tail_shape(program, x, num_samples=count)
     assert wide.high is not None
     assert wide.high < 0.5  # bounded weights
+
+
+def test_the_share_of_effective_draws() -> None:
+    """For p = N(0, 1) and q = N(0, s^2) the second moment of p / q is s / sqrt(2 - 1 / s^2)."""
+    program, x, _ = gaussian(dim=1, width=0.9)
+    found = tail(program, x, num_samples=20_000).effective
+    assert found == pytest.approx(math.sqrt(2 - 1 / 0.9**2) / 0.9, abs=0.005)
+    program, x, _ = gaussian(dim=1, width=0.3)
+    assert (tail(program, x, num_samples=20_000).effective or 0.0) < 0.3
+    program, x, _ = gaussian()
+    assert tail(program, x, num_samples=1000).effective == 1.0
+
+
+def rate(y: Tensor) -> None:
+    r = pyro.sample("r", dist.Gamma(1.0, 1.0))
+    pyro.sample("y", dist.Exponential(r).expand([8]).to_event(1), obs=y)
+
+
+def test_far_tails_alone_do_not_make_a_family_wrong() -> None:
+    """KL(q || p) is 0.01 nats, moments are right to 3%, and k-hat of 2,000 draws is 2.4."""
+    y = torch.tensor([0.3, 1.2, 0.7, 2.5, 0.1, 0.9, 1.1, 0.4])
+    fit = bc.fit(rate, args=(y,), progress=False)
+    khat = fit.verdict.numbers["khat"]
+    assert khat["value"] > 1.5 > khat["threshold"]
+    assert khat["effective"] > 0.97
+    assert fit.verdict.outcome == "converged"
+    exact = torch.distributions.Gamma(9.0, 1.0 + y.sum())
+    drawn = fit.sample(4000)["r"]
+    assert float(drawn.mean()) == pytest.approx(float(exact.mean), rel=0.03)
+    assert float(drawn.std()) == pytest.approx(float(exact.stddev), rel=0.05)
 
 
 def test_the_interval_shrinks_with_the_tail() -> None:

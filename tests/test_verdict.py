@@ -106,6 +106,10 @@ def test_reasons_carry_numbers_thresholds_and_advice() -> None:
     assert "k-hat 0.9 [0.7, 1.1] is above 0.65: use a richer family" in family.reasons[-1]
     assert "raise khat_draws" not in family.reasons[-1]
     assert "raise khat_draws to be sure" in decide(TABLE[5][1], TOL, BAD, 0.8).reasons[-1]
+    assert decide(TABLE[5][1], TOL, BAD, 0.65, 0.89).outcome == "wrong_family"
+    tails = decide(TABLE[5][1], TOL, BAD, 0.65, 0.985)
+    assert tails.outcome == "converged"
+    assert "is above 0.65, but 98% of its draws are effective: q differs" in tails.reasons[-1]
     missing = decide(evidence((NONE, FIRST)), TOL, GOOD, 0.7)
     assert NONE.reason in missing.reasons[0]
     assert FIRST.reason in missing.reasons[1]

@@ -10,7 +10,7 @@ Simpson and Gelman (2018), https://arxiv.org/abs/1802.02538
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,13 +44,37 @@ def khat_threshold(num_samples: int) -> float:
     return min(1.0 - 1.0 / math.log10(num_samples), 0.7)
 
 
+class Tail(NamedTuple):
+    r"""What the importance weights p / q of draws from q say.
+
+    Attributes:
+        khat: the Pareto shape of the largest.
+        effective: share of the draws that count, :math:`(\sum w)^2 / (S \sum w^2)`; of several units the median; None
+            where there is no k-hat. Near one, all but the far tails of q agree with the posterior, whatever k-hat is:
+            the largest weights are then fitted on differences that hardly matter.
+    """
+
+    khat: Estimate
+    effective: float | None = None
+
+
 def khat(fit: Fit, num_samples: int | None = None) -> Estimate:
     """:func:`tail_shape` at the returned parameters of a fit; ``settings.khat_draws`` draws unless told."""
+    return tail_of(fit, num_samples).khat
+
+
+def tail_of(fit: Fit, num_samples: int | None = None) -> Tail:
+    """:func:`tail` at the returned parameters of a fit; ``settings.khat_draws`` draws unless told."""
     draws = fit.settings.khat_draws if num_samples is None else num_samples
-    return tail_shape(fit.program, fit.x, num_samples=draws, seed=fit.settings.seed)
+    return tail(fit.program, fit.x, num_samples=draws, seed=fit.settings.seed)
 
 
 def tail_shape(program: Program, x: Tensor, *, num_samples: int = 2000, seed: int = 0) -> Estimate:
+    """The k-hat of :func:`tail`."""
+    return tail(program, x, num_samples=num_samples, seed=seed).khat
+
+
+def tail(program: Program, x: Tensor, *, num_samples: int = 2000, seed: int = 0) -> Tail:
     r"""k-hat of the weights :math:`p(x, z) / q(z)`, z ~ q.
 
     *One unit*: of the joint weights, with the interval of the Pareto shape's asymptotic standard deviation,
@@ -65,20 +89,20 @@ def tail_shape(program: Program, x: Tensor, *, num_samples: int = 2000, seed: in
         seed: of the noise.
 
     Returns:
-        An estimate, unavailable where q has no density, a weight is not finite or the rows cannot be seen together.
+        The estimate, unavailable where q has no density, a weight is not finite or the rows cannot be seen together.
     """
     if num_samples < MIN_DRAWS:
-        return unavailable(f"k-hat needs at least {MIN_DRAWS} draws, got {num_samples}: raise khat_draws")
+        return Tail(unavailable(f"k-hat needs at least {MIN_DRAWS} draws, got {num_samples}: raise khat_draws"))
     if not program.structure.latents:
-        return unavailable("the model has no latent site, so there are no weights")
+        return Tail(unavailable("the model has no latent site, so there are no weights"))
     if program.layout.normal + program.layout.uniform == 0:
-        return unavailable("the guide is a point estimate without noise: use a family with a density")
+        return Tail(unavailable("the guide is a point estimate without noise: use a family with a density"))
     x = x.detach()
     if math.prod(program.structure.unit_shape) > 1:
         return _over_units(*_unit_weights(program, x, num_samples, seed))
     log_w = _joint_weights(program, x, num_samples, seed)
     if isinstance(log_w, str):
-        return unavailable(log_w)
+        return Tail(unavailable(log_w))
     weights, rounding = log_w
     return _joint(weights, rounding)
 
@@ -109,33 +133,33 @@ def _equal(log_w: NDArray[np.float64], rounding: float) -> bool:
     return float(log_w.max() - log_w.min()) <= rounding
 
 
-def _joint(log_w: NDArray[np.float64], rounding: float) -> Estimate:
+def _joint(log_w: NDArray[np.float64], rounding: float) -> Tail:
     bad = int((np.isnan(log_w) | (log_w == np.inf)).sum())
     if bad:
-        return unavailable(f"{bad} of {len(log_w)} importance weights are not finite: fit again from another start")
+        return Tail(
+            unavailable(f"{bad} of {len(log_w)} importance weights are not finite: fit again from another start")
+        )
     if _equal(log_w, rounding):
-        return Estimate(0.0, 0.0, 0.0, "all importance weights are equal to rounding: q is the posterior")
+        return Tail(Estimate(0.0, 0.0, 0.0, "all importance weights are equal to rounding: q is the posterior"), 1.0)
     k = pareto_shape(log_w)
     if not math.isfinite(k):
-        return unavailable("no Pareto tail could be fitted to the importance weights: raise khat_draws")
+        return Tail(unavailable("no Pareto tail could be fitted to the importance weights: raise khat_draws"))
     tail = math.ceil(min(len(log_w) / 5, 3 * math.sqrt(len(log_w))))
     half = 1.96 * max(1.0 + k, 0.5) / math.sqrt(tail)
-    return Estimate(k, k - half, k + half)
+    weights = np.exp(log_w - log_w.max())
+    return Tail(Estimate(k, k - half, k + half), float(weights.mean() ** 2 / (weights**2).mean()))
 
 
-def _over_units(log_w: NDArray[np.float64], rounding: float) -> Estimate:
+def _over_units(log_w: NDArray[np.float64], rounding: float) -> Tail:
     """Median and quantiles over the columns of ``(S, U)``."""
     parts = [_joint(column, rounding) for column in log_w.T]
-    values = [part.value for part in parts if part.value is not None]
+    values = [part.khat.value for part in parts if part.khat.value is not None]
     if not values:
-        return unavailable(parts[0].reason)
+        return parts[0]
     low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
-    return Estimate(
-        float(middle),
-        float(low),
-        float(high),
-        f"median over {len(values)} units, each with its own weights; the ends are their 5% and 95% quantiles",
-    )
+    said = f"median over {len(values)} units, each with its own weights; the ends are their 5% and 95% quantiles"
+    effective = float(np.median([part.effective for part in parts if part.effective is not None]))
+    return Tail(Estimate(float(middle), float(low), float(high), said), effective)
 
 
 def _joint_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[NDArray[np.float64], float] | str:
