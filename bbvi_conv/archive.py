@@ -7,18 +7,23 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bbvi_conv.checkpoint import Rows, pack, unpack
 from bbvi_conv.monitor.state import Look, MonitorState, columns, to_rows
+from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.noise import Noise
+from bbvi_conv.program.program import Program
 from bbvi_conv.recipe import ModelSource, Recipe
 from bbvi_conv.run import FitState, Run, Settings
 from bbvi_conv.run_directory import RunDirectory
@@ -80,6 +85,7 @@ class Archive:
             "settings": {f.name: encode(getattr(settings, f.name)) for f in dataclasses.fields(settings)},
             "source": None if source is None else {"path": source.path, "name": source.name},
             "data_sha256": data_hash(program.args, program.kwargs),
+            "model": fingerprint(program),
             **({} if run.held_out is None else {HELD_OUT: data_hash(run.held_out.args, {})}),
             "engine": {"name": run.engine.name, "reason": run.engine.reason},
             "dtype": str(program.dtype).removeprefix("torch."),
@@ -147,6 +153,17 @@ class Archive:
         self.directory.write_json("verdict.json", {**fit.verdict.to_json(), "seconds": dict(fit.seconds)})
 
     # ---- reading ----
+
+    def check_model(self, program: Program) -> None:
+        """Refuse a model or guide that is not the one the run was made with.
+
+        Raises:
+            ValueError: in what they differ.
+        """
+        then = self.directory.read_config().get("model")
+        if then is not None and (found := _differs(fingerprint(program), then)):
+            where = self.directory.path
+            raise ValueError(f"the model is not that of the run in {where}: {found}; put it back, or fit anew")
 
     def state(self, device: torch.device) -> FitState | None:
         """The newest sound checkpoint, its tensors on ``device``; or None before the first."""
@@ -217,18 +234,65 @@ def monitor_csv(names: Sequence[str], tables: Sequence[Rows], seed: int) -> str:
     return text.getvalue()
 
 
+def fingerprint(program: Program) -> dict[str, Any]:
+    """What tells a model and its guide from others: their parameters, and both densities of one draw at a fixed point.
+
+    A density is None where it is not finite there, or depends on buffers that steps change.
+    """
+    x = 0.1 * torch.sin(torch.arange(1.0, len(program.initial()) + 1.0)).to(program.initial())
+    drawn = program.layout.draw(torch.Generator().manual_seed(0), dtype=program.dtype)  # the same on every device
+    noise, batch = Noise(*(part.to(program.device) for part in drawn)), program.example()[1]
+    with torch.no_grad(), buffers_kept(program.modules):
+        seen = program.site_values(x, noise, batch)
+    densities = {"log_p": float(seen.log_p), "log_q": float(seen.log_q)}
+    fixed = not any(obstacle.startswith("buffer") for obstacle in program.obstacles)
+    return {
+        "parameters": {leaf.name: list(leaf.tensor.shape) for leaf in program.leaves},
+        **{name: value if fixed and math.isfinite(value) else None for name, value in densities.items()},
+    }
+
+
+def _differs(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
+    """In what a model is not that of a run, in words; empty where it is."""
+    if list(now["parameters"].items()) != list(then["parameters"].items()):
+        shown = [", ".join(f"{n} {tuple(shape)}" for n, shape in one["parameters"].items()) for one in (then, now)]
+        return f"its parameters were {shown[0]}, and are {shown[1]}"
+    for name in ("log_p", "log_q"):
+        a, b = now[name], then[name]
+        if (a is None) != (b is None) or (a is not None and abs(a - b) > 1e-3 + 1e-4 * abs(b)):
+            return f"at the same draw {name} was {b}, and is {a}"
+    return ""
+
+
 def data_hash(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """SHA-256 of all arguments; floats count as float32, so that the float type of the run does not matter."""
     digest = hashlib.sha256()
     for value in (*args, *(kwargs[name] for name in sorted(kwargs))):
-        if isinstance(value, Tensor):
-            plain = value.detach().cpu()
-            plain = plain.to(torch.float32) if plain.is_floating_point() else plain
-            digest.update(repr(tuple(plain.shape)).encode())
-            digest.update(plain.contiguous().numpy().tobytes())
-        else:
-            digest.update(repr(value).encode())
+        _digest(value, digest.update)
     return digest.hexdigest()
+
+
+def _digest(value: Any, update: Callable[[bytes], None]) -> None:
+    """Arrays by their numbers, containers by what they hold, other objects by type and attributes."""
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu()
+        plain = plain.to(torch.float32) if plain.is_floating_point() else plain
+        update(repr(tuple(plain.shape)).encode())
+        update(plain.contiguous().numpy().tobytes())
+    elif hasattr(value, "__array__"):
+        array = np.asarray(value)
+        _digest(array.tolist() if array.dtype.hasobject else torch.as_tensor(array), update)
+    elif isinstance(value, Mapping):
+        _digest([*value.items()], update)
+    elif isinstance(value, (list, tuple)):
+        update(f"{type(value).__name__} of {len(value)}".encode())
+        for part in value:
+            _digest(part, update)
+    elif "__repr__" not in {name for kind in type(value).__mro__[:-1] for name in vars(kind)}:  # it holds an address
+        update(type(value).__qualname__.encode())
+        _digest(getattr(value, "__dict__", {}), update)
+    else:
+        update(repr(value).encode())
 
 
 def versions() -> dict[str, str]:

@@ -248,11 +248,23 @@ class Fit:
         """The model with the fitted values, in a parameter store of its own."""
         return self.program.bind(self.program.model, self.x)
 
-    def sample(self, num_samples: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
-        """Independent draws of every latent and deterministic site from q, each ``(num_samples, ...)``, constrained."""
+    def sample(
+        self, num_samples: int = 1000, *, seed: int | None = None, rows: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Independent draws of every latent and deterministic site from q, each ``(num_samples, ...)``, constrained.
+
+        Args:
+            num_samples: S.
+            seed: of the noise; None: that of the fit.
+            rows: which rows of the data to see where a plate is subsampled, ``(R,)``; None: the first B. With latents
+                of single rows and of all, at most B.
+
+        Raises:
+            ValueError: S below 1, or rows that do not fit the program.
+        """
         from bbvi_conv.posterior import draw
 
-        drawn = draw(self.program, self.x, num_samples, self.settings.seed if seed is None else seed)
+        drawn = draw(self.program, self.x, num_samples, self.settings.seed if seed is None else seed, rows)
         return {**drawn.latent, **drawn.deterministic}
 
     def to_arviz(self, num_samples: int = 1000) -> Any:
@@ -469,6 +481,7 @@ def load(
     own = None if model is None else Recipe.of(model, guide, () if args is None else args, kwargs)
     plan = archive.plan(own, None if held_out is None else positional(held_out), settings)
     program = plan.recipe.program(plan.settings)
+    archive.check_model(program)
     run = Run(program, plan.settings, plan.recipe.unseen(program), engine_reason=plan.engine_reason)
     state = archive.state(program.device)
     if state is None:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from bbvi_conv.monitor.state import Look, MonitorState, Summary, look, series, u
 from bbvi_conv.monitor.strata import Strata
 from bbvi_conv.monitor.trend import Plateau, plateau
 from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
+from bbvi_conv.objectives.objective import checked_objective, shown
 from bbvi_conv.optim import Adam, Constant, InverseSqrt, Optimiser, empty_average
 from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.minibatch import Minibatch
@@ -99,6 +101,8 @@ class Settings:
         return Adam(InverseSqrt(0.3))
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "device", str(self.device))
+        self._check_kinds()
         for name in ("max_steps", "window", "khat_draws", "num_seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -109,6 +113,7 @@ class Settings:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         for name, choices in (
+            ("dtype", (None, torch.float32, torch.float64)),
             ("normalise", ("datum", "total")),
             ("average", ("tail", "all", "last")),
             ("amp", (None, "bfloat16", "tf32")),
@@ -117,6 +122,28 @@ class Settings:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(map(str, choices))}"
                 )
+
+    def _check_kinds(self) -> None:
+        """Refuse what is no value of its field's kind, before anything is computed."""
+        for name in ("max_steps", "window", "num_gradients", "khat_draws", "num_seeds", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f"{name} must be a whole number, got {shown(value)}")
+        if isinstance(self.tol, bool) or not isinstance(self.tol, Real):
+            raise ValueError(f"tol must be a number of nats, got {shown(self.tol)}")
+        if self.objective is not None and not isinstance(self.objective, GrowingParticles):
+            checked_objective(self.objective)
+        own_class = isinstance(self.family, type) and self.family.__module__.startswith("bbvi_conv.")
+        updates = callable(getattr(self.optimiser, "update", None)) and callable(getattr(self.optimiser, "init", None))
+        for name, fits, example in (
+            ("family", callable(self.family) and not own_class, "such as bc.FullRank(), or an AutoGuide's class"),
+            ("optimiser", updates and not isinstance(self.optimiser, type), "such as bc.Adam(bc.InverseSqrt(0.1))"),
+            ("minibatch", isinstance(self.minibatch, Minibatch), 'such as bc.Minibatch(128, plate="data")'),
+            ("strata", isinstance(self.strata, Strata), "such as Strata(min_length=20)"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not fits:
+                raise ValueError(f"{name} must be a value {example}, got {shown(value)}")
 
 
 class FitState(NamedTuple):

@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Predictive
+from pyro.infer import Predictive, Trace_ELBO
 from torch import Tensor, nn
 
 import bbvi_conv as bc
@@ -450,6 +450,22 @@ def test_held_out_rows_judge_the_bound() -> None:
         ({"normalise": "rows"}, ValueError, "unknown normalise"),
         ({"engine": "warp"}, ValueError, "unknown engine 'warp'"),
         ({"device": "abacus"}, ValueError, "unknown device 'abacus'"),
+        ({"optimiser": torch.optim.Adam}, ValueError, r"optimiser must be a value such as bc.Adam\(.*got <class"),
+        ({"optimiser": "adam"}, ValueError, "optimiser must be a value such as .*got 'adam'"),
+        ({"objective": "iwae"}, ValueError, r"objective must be a value such as bc.ELBO\(\) .*got 'iwae'"),
+        ({"objective": bc.IWAE}, ValueError, "objective must be a value"),
+        ({"objective": Trace_ELBO()}, ValueError, "objective must be a value"),
+        ({"family": "full-rank"}, ValueError, "family must be a value such as .*got 'full-rank'"),
+        ({"family": bc.FullRank}, ValueError, r"family must be a value such as bc.FullRank\(\)"),
+        ({"minibatch": 10}, ValueError, "minibatch must be a value such as .*got 10"),
+        ({"strata": 10}, ValueError, "strata must be a value"),
+        ({"dtype": torch.float16}, ValueError, "unknown dtype torch.float16; choose one of None, torch.float32"),
+        ({"dtype": "float64"}, ValueError, "unknown dtype 'float64'"),
+        ({"seed": 1.5}, ValueError, "seed must be a whole number, got 1.5"),
+        ({"seed": None}, ValueError, "seed must be a whole number, got None"),
+        ({"num_seeds": 2.0}, ValueError, "num_seeds must be a whole number"),
+        ({"window": True}, ValueError, "window must be a whole number"),
+        ({"tol": "a"}, ValueError, "tol must be a number of nats, got 'a'"),
     ],
 )
 def test_bad_settings_get_a_sentence(settings: dict[str, Any], error: type[Exception], told: str) -> None:

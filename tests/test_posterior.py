@@ -358,6 +358,49 @@ def test_data_the_tape_cannot_serve_are_drawn_one_by_one() -> None:
     assert abs((pulls**2).mean() - 1) < 4 * math.sqrt((2 + 1 / rate.mean()) / pulls.size)
 
 
+def test_new_data_that_are_drawn_until_they_fit() -> None:
+    """Von Mises draws by rejection: how much noise one takes is not known before."""
+
+    def directions(y: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 0.3))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.VonMises(mean, 0.5), obs=y)
+
+    y = torch.linspace(-1.0, 1.0, 30)
+    program = build(directions, None, (y,), family=MeanField())
+    drawn = from_program(program, program.initial(), num_samples=300).groups["posterior_predictive"]["y"].values
+    again = from_program(program, program.initial(), num_samples=300).groups["posterior_predictive"]["y"].values
+    assert drawn.shape == (300, 30)
+    assert (drawn == again).all()
+    assert np.abs(drawn).max() <= math.pi
+    assert len(np.unique(drawn)) > 8000  # no draw is another one's
+    known = stats.circmean(drawn.reshape(-1), high=math.pi, low=-math.pi)
+    located = from_program(program, program.initial(), num_samples=300).groups["posterior"]["mean"].values.mean()
+    assert abs(known - located) < 0.1
+
+
+def test_masked_rows_have_no_likelihood() -> None:
+    y, seen = torch.tensor([1.0, 2.0, 0.0, 4.0]), torch.tensor([True, True, False, True])
+
+    def masked(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", 4), pyro.poutine.mask(mask=seen):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def by_distribution(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", 4):
+            pyro.sample("y", dist.Normal(mu, 1.0).mask(seen), obs=y)
+
+    found = []
+    for model in (masked, by_distribution):
+        program = build(model, None, (y,), family=MeanField())
+        found.append(from_program(program, program.initial(), num_samples=50).groups["log_likelihood"]["y"].values)
+    assert (found[0] == found[1]).all()
+    assert (found[0][:, 2] == 0).all()
+    assert (found[0][:, [0, 1, 3]] < 0).all()
+
+
 def test_names_that_files_cannot_hold_get_others() -> None:
     def model(y: Tensor) -> None:
         with pyro.plate("y", len(y)):

@@ -7,15 +7,18 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import bbvi_conv as bc
-from bbvi_conv.archive import Archive
+from bbvi_conv.archive import Archive, data_hash
 from bbvi_conv.model_file import load_model
+from bbvi_conv.recipe import ModelSource
 from bbvi_conv.run_directory import RunDirectory
 
 GLOBAL = """
@@ -202,3 +205,63 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     done = subprocess.run(command("resume", tmp_path / "run"), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "the data are not those of the run" in done.stderr
+
+
+TWO = """
+import pyro, pyro.distributions as dist, torch
+
+def model(y):
+    a = pyro.sample("a", dist.Normal(0.0, 10.0))
+    b = pyro.sample("b", dist.Normal(50.0, 10.0))
+    pyro.sample("y", dist.Normal(a, 1.0).expand([4]).to_event(1), obs=y)
+
+def data():
+    return (torch.tensor([0.3, -0.2, 1.0, 0.4]),)
+"""
+SWAPPED = "\n".join(TWO.splitlines()[:4] + TWO.splitlines()[5:3:-1] + TWO.splitlines()[6:])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (SWAPPED, "its parameters were .*a .*b.*, and are .*b .*a"),
+        (TWO.replace('"b"', '"c"'), "its parameters were .*and are .*c"),
+        (TWO.replace("50.0, 10.0", "50.0, 11.0"), "at the same draw log_p was .*, and is"),
+        (TWO.replace("50.0, 10.0)", "50.0, 10.0).expand([2]).to_event(1)"), r"its parameters were .*and are .*\(2,\)"),
+    ],
+    ids=["swapped", "renamed", "another prior", "another shape"],
+)
+def test_another_model_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(TWO, encoding="utf-8")
+    file = load_model(str(path))
+    bc.fit(
+        file.model, args=file.args, max_steps=20, out=tmp_path / "run", source=ModelSource(str(path)), progress=False
+    )
+    path.write_text(f"# a remark\n{TWO}", encoding="utf-8")
+    assert bc.load(tmp_path / "run").state.step == 20
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"the model is not that of the run in .*: {told}.*put it back, or fit anew"):
+        bc.load(tmp_path / "run")
+
+
+class Plain:
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: {"y": np.linspace(0.0, x, 5000)},
+        lambda x: [torch.full((2000,), x), "words"],
+        lambda x: Plain({"inside": torch.full((2000,), x)}),
+        lambda x: (x, None, ["a"]),
+        lambda x: np.array(["a", x], dtype=object),
+    ],
+    ids=["numpy", "list", "object", "numbers", "objects of numpy"],
+)
+def test_data_are_told_apart_by_what_they_hold(make: Callable[[float], Any]) -> None:
+    assert data_hash((make(1.0),), {}) == data_hash((make(1.0),), {})
+    assert data_hash((make(1.0),), {}) != data_hash((make(1.5),), {})
+    assert data_hash((make(1.0),), {}) != data_hash((), {"y": make(1.5)})

@@ -21,6 +21,7 @@ from bbvi_conv.engine.streams import Stream, feed_of_all
 from bbvi_conv.monitor.gradient_norm import gram_matrix, squared_norm
 from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
 from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
+from bbvi_conv.objectives.objective import checked_objective
 from bbvi_conv.program.build import build, positional
 from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.minibatch import Minibatch
@@ -145,13 +146,19 @@ def signal_to_noise(
         raise TypeError(
             "GrowingParticles has a K for every step: pass the objective in force, schedule.at(step, looks)"
         )
+    objective = ELBO() if objective is None else objective
+    checked_objective(objective)
     if normalise not in ("datum", "total"):
         raise ValueError(f"unknown normalise {normalise!r}; choose one of datum, total")
     if num_estimates < 2 * BLOCKS:
         raise ValueError(f"num_estimates must be at least {2 * BLOCKS} for an interval, got {num_estimates}")
     args = positional(args)
     program = build(model, guide, args, kwargs, family=family, minibatch=minibatch, dtype=dtype, seed=seed)
-    objective = ELBO() if objective is None else objective
+    if not program.leaves:
+        raise ValueError(
+            "model and guide have no parameters, as those of a fit, which hold their values: pass the model and family "
+            'or guide that were fitted, and at=fit.params["phi"] for the point'
+        )
     if objective.analytic_kl:
         program.analytic = closed_form_sites(program)
     scale = float(program.total) if minibatch is not None and normalise == "datum" else 1.0

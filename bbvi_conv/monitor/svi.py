@@ -15,6 +15,7 @@ from bbvi_conv.monitor.judge import grams_by_group, quietest
 from bbvi_conv.monitor.state import CONDITIONAL, THIS_RUN, MonitorState, Summary, look, summary, update
 from bbvi_conv.monitor.strata import Strata
 from bbvi_conv.objectives import ELBO, Objective
+from bbvi_conv.objectives.objective import checked_objective
 from bbvi_conv.program.build import build
 from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.noise import generator, random_state
@@ -55,6 +56,7 @@ class GradientMonitor:
     ) -> None:
         self.model, self.guide, self.draw_batch, self.seed = model, guide, draw_batch, seed
         self.objective: Objective = ELBO() if objective is None else objective
+        checked_objective(self.objective)
         self.num_gradients, self.strata = num_gradients, Strata(50, 0.1) if strata is None else strata
         self.state = MonitorState(label=CONDITIONAL if draw_batch is None else THIS_RUN)
         self._iterate = 0

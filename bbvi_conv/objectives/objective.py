@@ -40,6 +40,22 @@ class Evaluation(Protocol):
         ...
 
 
+def shown(value: object) -> str:
+    """A value that was given, short enough for a sentence."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def checked_objective(given: object) -> None:
+    """Refuse what is no objective.
+
+    Raises:
+        ValueError: with an example of one.
+    """
+    if not isinstance(given, Objective):
+        raise ValueError(f"objective must be a value such as bc.ELBO() or bc.IWAE(5), got {shown(given)}")
+
+
 class Objective(StockLoss):
     r"""A bound as a small frozen value: a function of K log-weights per unit, and an estimator of its gradient.
 

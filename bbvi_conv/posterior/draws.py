@@ -16,7 +16,7 @@ from bbvi_conv.program.graphs import simplify, widths
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, NoiseLayout, generator, random_state
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.tape import Tape, taped
+from bbvi_conv.program.tape import Tape, TapeEnds, taped
 from bbvi_conv.program.trace import over_draws, to_graph
 
 STREAM = "predict"
@@ -39,7 +39,7 @@ class Draws(NamedTuple):
 
     Attributes:
         latent, deterministic: values by site, constrained.
-        log_likelihood: per observation, factors left out.
+        log_likelihood: per observation, zero where masked, factors left out.
         replicated: new data at the same draws, by observed site.
         log_p, log_q: ``(S,)``, joint log densities in nats of the rows drawn; log_p is None where the latents are
             global and the rows are not all.
@@ -175,6 +175,7 @@ class _Sampler:
         self.program, self.x, self.sites, self.kept = program, x, sites, kept
         self.free = [v.name for v in sites.values() if v.kind == "observed" and not v.silent] if replicate else []
         self.graphs: dict[Any, Mapped] = {}
+        self.beside = False  # whether new data take their noise from torch's generator, beside the tape
 
     def values(self, noise: Noise, more: Noise, part: Batch) -> dict[str, Tensor]:
         """One draw: everything wanted of it, keyed ``group:site``."""
@@ -182,7 +183,7 @@ class _Sampler:
         groups = {"latent": seen.latent, "deterministic": seen.deterministic}
         groups["log_likelihood"] = {n: v for n, v in seen.log_likelihood.items() if self.sites[n].kind == "observed"}
         if self.free:
-            with taped(Tape(more, {})):
+            with taped(Tape(None if self.beside else more, {})):
                 trace = replay(self.program, self.x, seen.latent, part, self.free)
             groups["replicated"] = {name: torch.as_tensor(trace.nodes[name]["value"]) for name in self.free}
         out = {f"{g}:{n}": cut(v, self.sites[n], self.kept, g) for g, named in groups.items() for n, v in named.items()}
@@ -209,8 +210,15 @@ class _Sampler:
             more = layout.draw(replication, len(noise.normal), dtype=program.dtype)
             moving, shapes = [*noise, *more], tuple(f.shape for f in fixed)
             if shapes not in self.graphs:
-                self.graphs[shapes] = Mapped(function, moving, fixed, trace=complete and not program.obstacles)
-            return self.graphs[shapes](moving, fixed)
+                trace = complete and not self.beside and not program.obstacles
+                self.graphs[shapes] = Mapped(function, moving, fixed, trace=trace)
+            try:
+                return self.graphs[shapes](moving, fixed)
+            except TapeEnds:  # a distribution that draws until something fits
+                if self.beside:
+                    raise
+            self.beside = True
+            return Mapped(function, moving, fixed, trace=False)(moving, fixed)
 
 
 class Mapped:

@@ -150,6 +150,7 @@ def plan(
         fitting = max(fitting // step, 1) * step
         if mixed(program):
             fitting = min(fitting, size)
+    together = program.minibatch is not None and mixed(program) and fitting < total
     left = int(every - inside + per_row * fitting)
     draws = max(1, min(num_samples, cap // max(1, left)))
     notes = []
@@ -157,7 +158,10 @@ def plan(
         notes.append(f"holds the first {fitting} of the {total} entries of plate {plate}")
     if draws < num_samples:
         notes.append(f"holds {draws} draws instead of {num_samples}")
-    note = f"{' and '.join(notes)}, so that it stays near {cap} numbers" if notes else ""
+    why = f"stays near {cap} numbers"
+    if together and fitting == program.minibatch.size:  # type: ignore[union-attr]
+        why = "holds what one batch of rows and the latents that all rows share are together"
+    note = f"{' and '.join(notes)}, so that it {why}" if notes else ""
     if program.minibatch is not None:
         return Plan(draws, torch.arange(fitting), None, note)
     return Plan(draws, None, (plate, fitting) if plate and fitting < total else None, note)

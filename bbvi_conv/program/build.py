@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor
+from torch import Tensor, nn
 
 from bbvi_conv.program.buffers import CalledModule, called_modules, changed_buffers, restore_buffers
 from bbvi_conv.program.device import OnDevice, with_index
@@ -30,6 +32,7 @@ from bbvi_conv.program.structure import (
     check_finite,
     check_guide,
     check_site,
+    discrete_latent,
     innermost,
     is_deterministic,
     is_plate,
@@ -94,12 +97,23 @@ def build(
     kwargs = dict(kwargs or {})
     check_finite((f"positional argument {i}", a) for i, a in enumerate(args))
     check_finite((f"keyword argument {name!r}", a) for name, a in kwargs.items())
+    if isinstance(guide, type):
+        name = guide.__name__
+        raise ValueError(f"guide is the class {name}: make one, guide={name}(model), or give family={name}")
+    _check_call("model", model, args, kwargs)
+    if guide is not None:
+        _check_call("guide", guide, args, kwargs)
     device = with_index(device)
     small = device.type == "cpu" and minibatch is None
     attempts = [dtype] if dtype is not None else [torch.float64, torch.float32] if small else [torch.float32]
     for attempt in attempts:
         try:
             program = _build(model, guide, args, kwargs, family, minibatch, attempt, device, seed, loop)
+        except ValueError as error:
+            if site := re.search(r"discrete sample site '([^']*)'", str(error)):  # said by an AutoGuide
+                raise ValueError(discrete_latent(site.group(1))) from error
+            error.args = (str(error).split("\nTrace Shapes:")[0],)  # which Pyro adds to whatever a model raises
+            raise
         except RuntimeError as error:
             if "dtype" not in str(error):
                 raise
@@ -114,6 +128,23 @@ def build(
             program = _build(model, guide, args, kwargs, family, minibatch, torch.float32, device, seed, loop)
         return program
     raise AssertionError("unreachable")
+
+
+def _check_call(what: str, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that do not fit a signature, where there is one to read."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        signature = signature.replace(return_annotation=inspect.Signature.empty)
+        given = [f"{len(args)} positional", *(f"{name}=" for name in kwargs)]
+        raise ValueError(
+            f"the {what} takes {signature}, and is given {', '.join(given)}: {error}; mend args and kwargs (in a model "
+            "file what data() returns)"
+        ) from error
 
 
 def positional(args: tuple[Any, ...] | Tensor) -> tuple[Any, ...]:
@@ -237,6 +268,10 @@ def _program(
         own_rows=own_rows,
         component_slots=slice(seeding, seeding + eager.guide_used.uniform),
     )
+    if not program.leaves and not program.structure.latents:
+        raise ValueError(
+            "the model has no latent site, and neither it nor the guide a parameter: nothing is to be fitted"
+        )
     program.structure = analyse(eager.guide_trace, eager.model_trace, _dependent(program, eager, fed.batch))
     _check_strata(program, eager)
     return program
@@ -374,7 +409,8 @@ def _rows(args: tuple[Any, ...], minibatch: Minibatch) -> int:
         raise ValueError("a minibatch needs a tensor among the positional arguments, whose leading dimension is N")
     if minibatch.size > lengths[0]:
         raise ValueError(
-            f"minibatch size {minibatch.size} exceeds the {lengths[0]} rows of the data; choose a smaller one"
+            f"minibatch size {minibatch.size} exceeds the {lengths[0]} rows of the data (the first positional argument "
+            "that is a tensor); choose a smaller one, or put the data first"
         )
     return lengths[0]
 
@@ -503,7 +539,8 @@ def _warn_of_constants(eager: _Pass) -> None:
 def _custom_functions(eager: _Pass) -> list[str]:
     """Autograd functions written in Python: a graph of forward operations would lose their gradients."""
     total = eager.guide_trace.log_prob_sum() + eager.model_trace.log_prob_sum()
-    found, seen, stack = set(), set(), [total.grad_fn]
+    found: set[str] = set()
+    seen, stack = set(), [total.grad_fn if isinstance(total, Tensor) else None]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

@@ -20,7 +20,7 @@ from torch.distributions import Distribution, transform_to
 
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import Noise, NoiseLayout, random_state
-from bbvi_conv.program.structure import Leaf, Structure, check_finite, is_plate, random_sites, revalued
+from bbvi_conv.program.structure import Leaf, Structure, check_finite, is_plate, outside, random_sites, revalued
 from bbvi_conv.program.tape import Tape, taped
 from bbvi_conv.program.terms import Terms, collect
 
@@ -421,7 +421,7 @@ class Program:
             return SiteValues(
                 {s["name"]: s["value"] for s in sites if not s["is_observed"]},
                 deterministic,
-                {s["name"]: s["unscaled_log_prob"] for s in sites if s["is_observed"]},
+                {s["name"]: scale_and_mask(s["unscaled_log_prob"], 1.0, s["mask"]) for s in sites if s["is_observed"]},
                 sum((self.density(s).sum() for s in sites), zero),
                 log_q,
             )
@@ -453,6 +453,8 @@ class Program:
                 _, guide, model = self._traces(tape, theta, phi, phi, batch)
             for where, trace in (("guide", guide), ("model", model)):
                 for site in random_sites(trace):
+                    if where == "model" and (support := outside(site)):
+                        return f"the guide draws values of site {site['name']!r} outside its support {support}"
                     for what, tensor in (("value", site["value"]), ("log-probability", site["unscaled_log_prob"])):
                         if not bool(torch.isfinite(tensor).all()):
                             return f"the {what} of {where} site {site['name']!r} is not finite"

@@ -166,6 +166,14 @@ def check_finite(values: Iterable[tuple[str, Any]]) -> None:
                 raise ValueError(f"{name} holds {value[index].item()} at index {index}; remove or mask such rows")
 
 
+def discrete_latent(name: str) -> str:
+    """What to say of a discrete latent site that no guide draws."""
+    return (
+        f"latent site {name!r} is discrete: sum it out in the model, by a mixture distribution or logsumexp, or write "
+        "a guide that draws it, where it gets the score function"
+    )
+
+
 def missing_latent(site: Any) -> str:
     """What to say of a latent site that the guide does not draw."""
     name = site["name"]
@@ -196,6 +204,21 @@ def check_guide(guide_trace: Trace, model_trace: Trace) -> None:
             )
 
 
+def outside(site: Any) -> str:
+    """The support of a site's distribution in words, where a value that counts lies outside; else empty."""
+    fn, value, mask = site["fn"], site["value"], site.get("mask")
+    try:
+        support = fn.support
+        inside = support.check(value)
+    except NotImplementedError:
+        return ""
+    if rest := len(fn.event_shape) - support.event_dim:  # a factor's value is an empty vector, its support of a number
+        inside = inside.flatten(-rest).all(-1)
+    if isinstance(mask, Tensor):
+        inside = inside | ~mask
+    return "" if mask is False or bool(torch.as_tensor(inside).all()) else str(support)
+
+
 def check_site(site: Any) -> None:
     """Refuse a value of another shape than its site's, or outside the site's support.
 
@@ -204,6 +227,8 @@ def check_site(site: Any) -> None:
     """
     fn, value = site["fn"], site["value"]
     who = f"{'observed' if site['is_observed'] else 'latent'} site {site['name']!r}"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{who} has a value of type {type(value).__name__}: give a tensor, as by torch.as_tensor")
     event = tuple(fn.event_shape)
     if event and tuple(value.shape[len(value.shape) - len(event) :]) != event:
         raise ValueError(f"{who} expects event shape {event}, got a value of shape {tuple(value.shape)}")
@@ -221,16 +246,6 @@ def check_site(site: Any) -> None:
         ) from None
     if value.is_floating_point() and site["is_observed"]:
         check_finite([(f"the data of {who}", value.detach())])
-    support = fn.support
-    try:
-        inside = support.check(value)
-    except NotImplementedError:
-        return
-    if rest := len(event) - support.event_dim:  # a factor's value is an empty vector, its support that of a number
-        inside = inside.flatten(-rest).all(-1)
-    mask = site.get("mask")
-    if isinstance(mask, Tensor):
-        inside = inside | ~mask
-    if mask is not False and not bool(torch.as_tensor(inside).all()):
+    if support := outside(site):
         hint = "the data" if site["is_observed"] else "the guide's support"
         raise ValueError(f"a value of {who} lies outside the support {support}; check {hint}")

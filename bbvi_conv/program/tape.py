@@ -42,6 +42,19 @@ def is_random(name: str) -> bool:
     return any(torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags for overload in packet.overloads())
 
 
+class TapeEnds(RuntimeError):
+    """A run draws more noise than the one that measured the tape."""
+
+
+def _next(noise: Tensor, start: int, size: int) -> Tensor:
+    if start + size > len(noise):
+        raise TapeEnds(
+            "a run draws more noise than the first one did: sample sites, or their sizes, change from run to run; let "
+            "all of them be there in every run, and mask what does not count"
+        )
+    return noise[start : start + size]
+
+
 class Tape(TorchFunctionMode):
     """Serve random operations from ``noise`` and answer leaf tensors from ``values``; with no noise, draw and count.
 
@@ -78,7 +91,7 @@ class Tape(TorchFunctionMode):
         start, self.normals = self.normals, self.normals + size
         if self.noise is None:
             return torch.randn(shape, dtype=like.dtype, device=like.device)
-        return self.noise.normal[start : start + size].reshape(shape).to(like.dtype)
+        return _next(self.noise.normal, start, size).reshape(shape).to(like.dtype)
 
     def uniform(self, shape: torch.Size, like: Tensor) -> Tensor:
         """The next uniforms in the open (0, 1), shaped."""
@@ -86,7 +99,7 @@ class Tape(TorchFunctionMode):
         start, self.uniforms = self.uniforms, self.uniforms + size
         if self.noise is None:
             return torch.rand(shape, dtype=like.dtype, device=like.device).clamp(torch.finfo(like.dtype).tiny, None)
-        return self.noise.uniform[start : start + size].reshape(shape).to(like.dtype)
+        return _next(self.noise.uniform, start, size).reshape(shape).to(like.dtype)
 
     def _swap(self, x: Any) -> Any:
         if isinstance(x, Tensor):

@@ -7,8 +7,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
+from bbvi_conv.engine import Calculus, Stream
 from bbvi_conv.families import MeanField
 from bbvi_conv.objectives import ELBO
 from bbvi_conv.program.build import build
@@ -55,6 +57,78 @@ def wide(x: Tensor) -> None:
 def test_bad_guides(guide, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         build(model, guide, (X,))
+
+
+def test_calls_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"the model takes \(x: .*\), and is given 2 positional: too many positional"):
+        build(model, None, (X, X), family=MeanField())
+    with pytest.raises(ValueError, match=r"the model takes .*given 0 positional, z=: .*mend args and kwargs"):
+        build(model, None, (), {"z": X}, family=MeanField())
+    with pytest.raises(ValueError, match=r"the guide takes \(\)"):
+        build(model, lambda: None, (X,))
+    with pytest.raises(
+        ValueError, match=r"guide is the class AutoNormal: make one, guide=AutoNormal\(model\), or give"
+    ):
+        build(model, AutoNormal, (X,))
+
+
+def test_observed_values_that_are_no_tensors() -> None:
+    def model(x: list[float]) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0).expand([3]).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"observed site 'x' has a value of type list: give a tensor") as caught:
+        build(model, None, ([0.1, 0.2, 0.3],), family=MeanField())
+    assert "Trace Shapes" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"observed site 'x' has a value of type ndarray"):
+        build(model, None, (X.numpy(),), family=MeanField())
+
+
+def test_nothing_to_fit() -> None:
+    def observed(x: Tensor) -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1), obs=x)
+
+    for nothing in (observed, lambda x: None):
+        with pytest.raises(ValueError, match="no latent site, and neither it nor the guide a parameter"):
+            build(nothing, lambda x: None, (X,))
+
+
+def test_a_discrete_latent_without_a_guide() -> None:
+    def mixed(x: Tensor) -> None:
+        k = pyro.sample("k", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(k, 1.0).expand([3]).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"^latent site 'k' is discrete: sum it out .* or write a guide that draws it"):
+        build(mixed, None, (X,), family=MeanField())
+
+
+def test_sites_that_come_and_go() -> None:
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if z > 0:
+            z = z + pyro.sample("more", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0).expand([3]).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+        if z > 0:
+            pyro.sample("more", dist.Normal(0.0, 1.0))
+
+    program = next(one for seed in range(20) if (one := build(model, guide, (X,), seed=seed)).layout.normal == 1)
+    feed = Stream(program, 0, "optimise", 1).once(0, 20)
+    with pytest.raises(RuntimeError, match="sample sites, or their sizes, change from run to run"):
+        Calculus(program, ELBO(), program.log_weights, 1.0).gradients(program.initial(), feed)
+
+
+def test_a_draw_outside_the_support_is_told_as_such() -> None:
+    def guide(x: Tensor) -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(pyro.param("m", torch.tensor(1.5)), 1.0))
+
+    program = build(model, guide, (X,))
+    feed = Stream(program, 0, "optimise", 1).once(0, 40)
+    says = {program.first_bad_site(program.initial(), feed.noise.at(i), program.batch(None)) for i in range(40)}
+    assert any("the guide draws values of site 'b' outside its support" in one for one in says)
 
 
 def test_guide_or_family() -> None:
