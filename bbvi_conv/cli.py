@@ -355,7 +355,7 @@ def _sentence(error: Exception, model: ModelFile | None) -> str | None:
         return f"{model.path}, line {line}: {kind}{said}"
     if isinstance(error, ValueError | OSError):
         return said
-    if isinstance(error, RuntimeError) and model is not None:
+    if isinstance(error, RuntimeError | IndexError) and model is not None:
         return f"{model.path}: {said}"
     return None
 

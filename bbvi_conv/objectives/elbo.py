@@ -50,7 +50,7 @@ class ELBO(Objective):
         kl_weight: beta, or a function of the step number such as :class:`LinearWarmup`.
         analytic_kl: replace the Monte Carlo KL of a site by its closed form wherever that is provably the same in
             expectation: guide and prior of the site depend on no other latent and torch knows their KL. Refused where
-            there is no such site.
+            there is no such site, as in families and AutoGuides, which draw all latents as one vector.
 
     Raises:
         ValueError: if ``num_particles`` is below 1, the estimator is unknown, or it cannot go with an analytic KL.

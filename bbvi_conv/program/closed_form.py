@@ -37,7 +37,8 @@ def closed_form_sites(program: Program) -> tuple[str, ...]:
         ]
     if not found:
         raise ValueError(
-            "no site has an analytic KL: it needs a guide and a prior that depend on no other latent, unscaled and "
+            "no site has an analytic KL: it needs a guide of your own with a distribution at that site (families and "
+            "AutoGuides draw all latents as one vector) and a prior that depend on no other latent, unscaled and "
             "unmasked, with a KL that torch knows; leave analytic_kl=False"
         )
     return tuple(found)
