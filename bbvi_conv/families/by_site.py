@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from typing import Any, Protocol
@@ -58,6 +58,19 @@ def put_site(name: str, site: Any, free: Tensor) -> Tensor:
     return drawn
 
 
+def placed_by_site(
+    guide: AutoNormal, sites: Iterable[tuple[str, Any]], draws: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Starts of locations and scales by leaf name, constrained, that are those of draws of the sites."""
+    starts: dict[str, Tensor] = {}
+    for name, site in sites:
+        found = moments(site, draws, attrgetter(name)(guide.locs).shape)
+        if found is not None:
+            for kind, value in zip(("locs", "scales"), found, strict=True):
+                starts[f"{guide._pyro_name}.{kind}.{name}"] = value
+    return starts
+
+
 @contextmanager
 def inside(site: Any, plates: Mapping[str, Any]) -> Iterator[None]:
     """Inside the plates that a site of the model lies in."""
@@ -89,13 +102,7 @@ class SiteGuide(AutoNormal):  # type: ignore[misc]
 
     def placed(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Starts by leaf name, constrained, with the location and scale of draws of sites."""
-        starts: dict[str, Tensor] = {}
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            found = moments(site, draws, attrgetter(name)(self.locs).shape)
-            if found is not None:
-                for kind, value in zip(("locs", "scales"), found, strict=True):
-                    starts[f"{self._pyro_name}.{kind}.{name}"] = value
-        return starts
+        return placed_by_site(self, self.prototype_trace.iter_stochastic_nodes(), draws)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site inside its plates."""

@@ -11,7 +11,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from bbvi_conv.families.family import VectorFamily
-from bbvi_conv.families.start import moments, start
+from bbvi_conv.families.start import put_together, start
 
 
 class PackedGuide(AutoContinuous):  # type: ignore[misc]
@@ -33,14 +33,9 @@ class PackedGuide(AutoContinuous):  # type: ignore[misc]
 
     def placed(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Starts by leaf name, constrained, for which the law has about the location and scale of draws of sites."""
-        loc = self._init_loc()
-        scale, at = torch.full_like(loc, self.family.init_scale), 0
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
-            shape = self._unconstrained_shapes[name]
-            part = slice(at, at + shape.numel())
-            found, at = moments(site, draws, shape), part.stop
-            if found is not None:
-                loc[part], scale[part] = (value.reshape(-1).to(loc) for value in found)
+        loc, sites = self._init_loc(), self.prototype_trace.iter_stochastic_nodes()
+        scale = torch.full_like(loc, self.family.init_scale)
+        loc, scale = put_together(sites, self._unconstrained_shapes, draws, loc, scale)
         return {f"{self._pyro_name}.{name}": p.start for name, p in self.family.parameters(loc, scale).items()}
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,3 +36,20 @@ def moments(site: Any, draws: Mapping[str, Tensor], shape: torch.Size) -> tuple[
         return None
     free = biject_to(site["fn"].support).inv(values)
     return (free.mean(0), free.std(0)) if free.shape[1:] == shape else None
+
+
+def put_together(
+    sites: Iterable[tuple[str, Any]],
+    shapes: Mapping[str, torch.Size],
+    draws: Mapping[str, Tensor],
+    loc: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Packed locations and scales with those of draws of the sites in their places, where shapes fit."""
+    loc, scale, at = loc.clone(), scale.clone(), 0
+    for name, site in sites:
+        part = slice(at, at + shapes[name].numel())
+        found, at = moments(site, draws, shapes[name]), part.stop
+        if found is not None:
+            loc[part], scale[part] = (value.reshape(-1).to(loc) for value in found)
+    return loc, scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -16,12 +16,12 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import biject_to
 
-from bbvi_conv.families.by_site import inside, put_site, sample_site
+from bbvi_conv.families.by_site import inside, placed_by_site, put_site, sample_site
 from bbvi_conv.families.family import VectorFamily
 from bbvi_conv.families.full_rank import FullRank
 from bbvi_conv.families.mean_field import DiagonalNormal
 from bbvi_conv.families.scale_maps import ScaleMap, Softplus
-from bbvi_conv.families.start import start
+from bbvi_conv.families.start import put_together, start
 
 
 class StructuredGuide(AutoNormal):  # type: ignore[misc]
@@ -37,7 +37,7 @@ class StructuredGuide(AutoNormal):  # type: ignore[misc]
         super()._setup_prototype(*args, **kwargs)
         sites = dict(self.prototype_trace.iter_stochastic_nodes())
         self._global = [n for n, s in sites.items() if not any(f.vectorized for f in s["cond_indep_stack"])]
-        free = {n: biject_to(sites[n]["fn"].support).inv(sites[n]["value"]).detach() for n in self._global}
+        free = self._free(sites)
         self._shapes = {name: value.shape for name, value in free.items()}
         if not free:
             return
@@ -54,6 +54,22 @@ class StructuredGuide(AutoNormal):  # type: ignore[misc]
                 slope = where.new_zeros((*where.shape, len(loc)))
                 event_dim = self._event_dims[name] + 1
                 deep_setattr(self.slopes, name, PyroParam(slope, constraints.real, event_dim))
+
+    def _free(self, sites: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Where the global sites start, on the unconstrained space."""
+        return {n: biject_to(sites[n]["fn"].support).inv(sites[n]["value"]).detach() for n in self._global}
+
+    def placed(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Starts by leaf name, constrained, with about the location and scale of draws of sites; no slopes."""
+        sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        starts = placed_by_site(self, [(n, site) for n, site in sites.items() if n not in self._shapes], draws)
+        if not self._shapes:
+            return starts
+        loc = torch.cat([value.reshape(-1) for value in self._free(sites).values()])
+        scale = torch.full_like(loc, self.family.outer.init_scale)
+        loc, scale = put_together([(n, sites[n]) for n in self._shapes], self._shapes, draws, loc, scale)
+        parameters = self.family.outer.parameters(loc, scale)
+        return starts | {f"{self._pyro_name}.global_{name}": p.start for name, p in parameters.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample the global sites together, then every local one inside its plates."""

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 import bbvi_conv as bc
-from bbvi_conv.families import IAF, Exp, FullRank, LowRank, MeanField, Mixture, NeuralSpline, RealNVP, SoftClip
+from bbvi_conv.families import (
+    IAF,
+    Exp,
+    FullRank,
+    LowRank,
+    MeanField,
+    Mixture,
+    NeuralSpline,
+    RealNVP,
+    SoftClip,
+    Structured,
+)
 from bbvi_conv.posterior import draw
 from bbvi_conv.program.build import build
 from bbvi_conv.starts import warm_start
@@ -63,6 +74,28 @@ def test_a_richer_family_starts_where_the_first_ended(first: bc.Fit, data: Tenso
     assert ((new.mean(0) - old.mean(0)).abs() < 5 * scale * (2 / count) ** 0.5).all()
     assert ((new.std(0) / scale - 1).abs() < 0.08).all()
     assert torch.equal(x, warm_start(program, first, seed=0))
+
+
+def hierarchy(x: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("group", len(x)):
+        level = pyro.sample("level", dist.Normal(mu, tau))
+        pyro.sample("x", dist.Normal(level, 0.5), obs=x)
+
+
+def test_a_structured_guide_starts_at_global_and_local_sites(data: Tensor) -> None:
+    args = (data[:6, 0],)
+    first = bc.fit(hierarchy, args=args, family=MeanField(), **QUICK | {"max_steps": 400})
+    program = build(hierarchy, None, args, family=Structured(), dtype=torch.float64)
+    count = 4000
+    old, new = first.sample(count), draw(program, warm_start(program, first, seed=0), count, 1).latent
+    for name in ("mu", "level"):
+        scale = old[name].std(0)
+        assert ((new[name].mean(0) - old[name].mean(0)).abs() < 5 * scale * (2 / count) ** 0.5).all()
+        assert ((new[name].std(0) / scale - 1).abs() < 0.08).all()
+    assert float(old["mu"].mean()) > 1.5  # power: it went where the data are
+    torch.testing.assert_close(new["tau"].log().mean(), old["tau"].log().mean(), rtol=0, atol=0.1)
 
 
 def test_components_of_a_mixture_start_around_it(first: bc.Fit, data: Tensor) -> None:
