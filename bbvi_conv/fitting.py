@@ -385,11 +385,12 @@ class Fit:
         )
 
     def _tail(self, evidence: Evidence) -> tuple[Tail, float | None]:
-        from bbvi_conv.posterior import Tail, khat_threshold, tail_of
+        from bbvi_conv.posterior import Tail, khat_threshold, tail
 
         if evidence.failure or not evidence.checks:
             return Tail(unavailable("the run made no check" if not evidence.failure else "the run diverged")), None
-        return tail_of(self), khat_threshold(self.settings.khat_draws)
+        draws, seed = self.settings.khat_draws, self.settings.seed
+        return tail(self.program, self.x, num_samples=draws, seed=seed), khat_threshold(draws)
 
     def _distances(self) -> dict[str, Any]:
         """Numbers of the check of what one seed returns, and its last improvement."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bbvi_conv.posterior.draws import Draws, draw
 from bbvi_conv.posterior.export import to_arviz, to_datatree, to_inference_data, write_netcdf
 from bbvi_conv.posterior.neutral import Named, Neutral, from_program, neutral
-from bbvi_conv.posterior.psis import Tail, khat, khat_threshold, pareto_shape, tail, tail_of, tail_shape
+from bbvi_conv.posterior.psis import Tail, khat_threshold, pareto_shape, tail
 
 __all__ = [
     "Draws",
@@ -14,13 +14,10 @@ __all__ = [
     "Tail",
     "draw",
     "from_program",
-    "khat",
     "khat_threshold",
     "neutral",
     "pareto_shape",
     "tail",
-    "tail_of",
-    "tail_shape",
     "to_arviz",
     "to_datatree",
     "to_inference_data",

@@ -10,7 +10,7 @@ Simpson and Gelman (2018), https://arxiv.org/abs/1802.02538
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, generator
 from bbvi_conv.program.program import Program
-
-if TYPE_CHECKING:
-    from bbvi_conv.fitting import Fit
 
 MIN_UNITS, MAX_UNITS = 100, 200
 MIN_DRAWS = 25
@@ -56,22 +53,6 @@ class Tail(NamedTuple):
 
     khat: Estimate
     effective: float | None = None
-
-
-def khat(fit: Fit, num_samples: int | None = None) -> Estimate:
-    """:func:`tail_shape` at the returned parameters of a fit; ``settings.khat_draws`` draws unless told."""
-    return tail_of(fit, num_samples).khat
-
-
-def tail_of(fit: Fit, num_samples: int | None = None) -> Tail:
-    """:func:`tail` at the returned parameters of a fit; ``settings.khat_draws`` draws unless told."""
-    draws = fit.settings.khat_draws if num_samples is None else num_samples
-    return tail(fit.program, fit.x, num_samples=draws, seed=fit.settings.seed)
-
-
-def tail_shape(program: Program, x: Tensor, *, num_samples: int = 2000, seed: int = 0) -> Estimate:
-    """The k-hat of :func:`tail`."""
-    return tail(program, x, num_samples=num_samples, seed=seed).khat
 
 
 def tail(program: Program, x: Tensor, *, num_samples: int = 2000, seed: int = 0) -> Tail:
