@@ -288,8 +288,10 @@ def _digest(value: Any, update: Callable[[bytes], None]) -> None:
         update(f"{type(value).__name__} of {len(value)}".encode())
         for part in value:
             _digest(part, update)
-    elif "__repr__" not in {name for kind in type(value).__mro__[:-1] for name in vars(kind)}:  # it holds an address
-        update(type(value).__qualname__.encode())
+    elif isinstance(value, (set, frozenset)):
+        _digest(sorted(map(repr, value)), update)
+    elif " at 0x" in repr(value):  # an address, which another process does not have
+        update(getattr(value, "__qualname__", type(value).__qualname__).encode())
         _digest(getattr(value, "__dict__", {}), update)
     else:
         update(repr(value).encode())

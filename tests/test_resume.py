@@ -258,8 +258,9 @@ class Plain:
         lambda x: Plain({"inside": torch.full((2000,), x)}),
         lambda x: (x, None, ["a"]),
         lambda x: np.array(["a", x], dtype=object),
+        lambda x: {"a", "b", x},
     ],
-    ids=["numpy", "list", "object", "numbers", "objects of numpy"],
+    ids=["numpy", "list", "object", "numbers", "objects of numpy", "set"],
 )
 def test_data_are_told_apart_by_what_they_hold(make: Callable[[float], Any]) -> None:
     assert data_hash((make(1.0),), {}) == data_hash((make(1.0),), {})

@@ -145,12 +145,12 @@ def plan(
     shown = sizes.get(plate, 1) if plate else 1
     per_row, total = inside / shown, program.total if program.minibatch else shown
     fitting = total if not per_row else min(total, max(1, int((cap / num_samples - (every - inside)) / per_row)))
+    why = f"stays near {cap} numbers"
     if program.minibatch is not None:
         size = program.minibatch.size
         fitting = max(fitting // step, 1) * step
-        if mixed(program):
-            fitting = min(fitting, size)
-    together = program.minibatch is not None and mixed(program) and fitting < total
+        if mixed(program) and fitting > size:
+            fitting, why = size, "holds what one batch of rows and the latents that all rows share are together"
     left = int(every - inside + per_row * fitting)
     draws = max(1, min(num_samples, cap // max(1, left)))
     notes = []
@@ -158,9 +158,6 @@ def plan(
         notes.append(f"holds the first {fitting} of the {total} entries of plate {plate}")
     if draws < num_samples:
         notes.append(f"holds {draws} draws instead of {num_samples}")
-    why = f"stays near {cap} numbers"
-    if together and fitting == program.minibatch.size:  # type: ignore[union-attr]
-        why = "holds what one batch of rows and the latents that all rows share are together"
     note = f"{' and '.join(notes)}, so that it {why}" if notes else ""
     if program.minibatch is not None:
         return Plan(draws, torch.arange(fitting), None, note)

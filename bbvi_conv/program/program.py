@@ -55,6 +55,10 @@ class Rows(Messenger):  # type: ignore[misc]
             msg["value"], msg["done"] = self.indices[msg["name"]], True
 
 
+def _unchecked(fn: Distribution, value: Tensor) -> None:
+    """In place of a distribution's look at a value."""
+
+
 @contextmanager
 def quiet_pyro(
     store: dict[str, Any] | None, dtype: torch.dtype, device: torch.device, *, validate: bool = False
@@ -69,7 +73,7 @@ def quiet_pyro(
         stack.enter_context(pyro.get_param_store().scope(store))
         stack.enter_context(pyro.validation_enabled(validate))
         if not validate:
-            stack.enter_context(mock.patch.object(Distribution, "_validate_sample", return_value=None))
+            stack.enter_context(mock.patch.object(Distribution, "_validate_sample", _unchecked))
         stack.callback(torch.set_default_dtype, before)
         torch.set_default_dtype(dtype)
         if device.type != "cpu":
@@ -85,6 +89,14 @@ def guide_trace(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
             if site["is_observed"]:
                 trace.remove_node(site["name"])
     return trace
+
+
+def _bad(site: dict[str, Any]) -> str:
+    """What of a site is not finite: its value, or a log-probability that no value outside the support explains."""
+    if not bool(torch.isfinite(site["value"]).all()):
+        return "value"
+    explained = not site["is_observed"] and outside(site)
+    return "" if explained or bool(torch.isfinite(site["unscaled_log_prob"]).all()) else "log-probability"
 
 
 def anew(trace: Trace) -> Trace:
@@ -453,9 +465,8 @@ class Program:
                 _, guide, model = self._traces(tape, theta, phi, phi, batch)
             for where, trace in (("guide", guide), ("model", model)):
                 for site in random_sites(trace):
-                    if where == "model" and (support := outside(site)):
+                    if what := _bad(site):
+                        return f"the {what} of {where} site {site['name']!r} is not finite"
+                    if not site["is_observed"] and (support := outside(site)):
                         return f"the guide draws values of site {site['name']!r} outside its support {support}"
-                    for what, tensor in (("value", site["value"]), ("log-probability", site["unscaled_log_prob"])):
-                        if not bool(torch.isfinite(tensor).all()):
-                            return f"the {what} of {where} site {site['name']!r} is not finite"
         return "every log-probability is finite, but the gradient is not"
