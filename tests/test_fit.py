@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyro
@@ -471,6 +472,20 @@ def test_held_out_rows_judge_the_bound() -> None:
 def test_bad_settings_get_a_sentence(settings: dict[str, Any], error: type[Exception], told: str) -> None:
     with pytest.raises(error, match=told):
         bc.fit(normal_mean, args=(rows(),), progress=False, **settings)
+
+
+@pytest.mark.parametrize("engine", ["traced", "compiled"])
+def test_fits_in_several_threads_do_not_disturb_each_other(engine: str) -> None:
+    def fitted(seed: int) -> Tensor:
+        return bc.fit(normal_mean, args=(rows(),), seed=seed, engine=engine, max_steps=60, **QUICK).x
+
+    alone = [fitted(seed) for seed in range(4)]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(fitted, range(4)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert torch.get_default_dtype() is torch.float32
+    with pytest.raises(ValueError, match="within the support"):
+        dist.HalfNormal(1.0, validate_args=True).log_prob(torch.tensor(-1.0))
 
 
 def test_a_guide_and_a_family_are_one_too_many() -> None:

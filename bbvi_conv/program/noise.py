@@ -6,6 +6,7 @@ sees the same numbers, because a block depends on nothing but its key.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -77,10 +78,15 @@ def generator(seed: int, stream: str, block: int, device: torch.device | str = "
     return torch.Generator(device=device).manual_seed((int(key[0]) << 31) ^ int(key[1]))
 
 
+ALONE = threading.RLock()
+"""Held while what all threads share is changed: torch's generators, default dtype and compiler, Pyro's store and
+handlers. Fits in several threads take turns there, and run their steps at the same time."""
+
+
 @contextmanager
 def random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
     """Leave torch's own generators, the CPU's and that of ``device``, as found; inside they start from ``seed``."""
-    with ExitStack() as stack:
+    with ALONE, ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(torch.random.fork_rng(devices=[]))
         else:

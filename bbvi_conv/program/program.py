@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, transform_to
 
 from bbvi_conv.program.minibatch import Batch, Minibatch
-from bbvi_conv.program.noise import Noise, NoiseLayout, random_state
+from bbvi_conv.program.noise import ALONE, Noise, NoiseLayout, random_state
 from bbvi_conv.program.structure import Leaf, Structure, check_finite, is_plate, outside, random_sites, revalued
 from bbvi_conv.program.tape import Tape, taped
 from bbvi_conv.program.terms import Terms, collect
@@ -68,8 +68,8 @@ def quiet_pyro(
     Without ``validate`` no value is checked, not even by a distribution made elsewhere with validation on, such as the
     prior of a ``PyroSample``: where a program is traced, a check is control flow that depends on values.
     """
-    before = torch.get_default_dtype()
-    with ExitStack() as stack:
+    with ALONE, ExitStack() as stack:
+        before = torch.get_default_dtype()
         stack.enter_context(pyro.get_param_store().scope(store))
         stack.enter_context(pyro.validation_enabled(validate))
         if not validate:

@@ -18,6 +18,7 @@ from bbvi_conv.engine.native import products, sparse
 from bbvi_conv.engine.native.library import is_cached, library, name_of
 from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views, views
 from bbvi_conv.program.graphs import lift, results, widest
+from bbvi_conv.program.noise import ALONE
 from bbvi_conv.program.trace import first_sentence
 
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
@@ -139,7 +140,7 @@ class NativeLoop:
             yield self._lower(checked=True)
 
     def _lower(self, *, checked: bool) -> Plan:
-        with warnings.catch_warnings():  # what torch says to itself, at import and in its lowerings
+        with ALONE, warnings.catch_warnings():  # what torch says to itself, at import and in its lowerings
             for category in (DeprecationWarning, FutureWarning):
                 warnings.simplefilter("ignore", category)
             try:
