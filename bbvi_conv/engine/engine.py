@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.streams import Stream
 from bbvi_conv.optim import Average, Optimiser, empty_average, include
-from bbvi_conv.program.graphs import has_products, round_products, simplify
+from bbvi_conv.program.graphs import has_products, recompile, round_products, simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.trace import Untraceable, over_draws, to_graph
@@ -267,7 +267,7 @@ def _unchecked(one: StepGraph, carried: int) -> StepGraph:
         raise RuntimeError("a step does not end in the choice between its new state and its old one")
     end.args = ([*(node.args[1] for node in moved), bad.args[1], *end.args[0][carried:]],)
     graph.graph.eliminate_dead_code()
-    graph.recompile()
+    recompile(graph)
     return StepGraph(graph, one.example)
 
 

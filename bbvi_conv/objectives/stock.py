@@ -17,8 +17,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bbvi_conv.program.build import dependent_sites
+from bbvi_conv.program.faithful import generator_state
 from bbvi_conv.program.noise import random_state
-from bbvi_conv.program.program import Rows, anew, guide_trace
+from bbvi_conv.program.program import NOISY_GUIDE, ParamValues, Rows, anew, guide_trace
 from bbvi_conv.program.structure import Structure, analyse, check_guide, is_plate, random_sites, revalued
 from bbvi_conv.program.tape import Tape
 from bbvi_conv.program.terms import Terms, collect
@@ -101,13 +102,14 @@ class _StockDraws:
         for drawn, modelled in zip(self._drawn, self._modelled, strict=True):
             given, guide = (drawn if phi else revalued(drawn, Tensor.detach)), drawn
             if density != phi or not density:
-                with Rows(self._rows), _holding([] if density else self._phi), poutine.replay(trace=anew(given)):
+                held = [] if density else self._phi
+                with self._no_noise(), Rows(self._rows), _holding(held), poutine.replay(trace=anew(given)):
                     guide = guide_trace(self._guide, self._args, self._kwargs)
                     guide.compute_log_prob()
             drawn.compute_log_prob()
             model = modelled
             if not (theta and phi):
-                with _holding([] if theta else self._theta):
+                with self._no_noise(), _holding([] if theta else self._theta):
                     model = self._run_model(given)
             model.compute_log_prob()
             zero = torch.as_tensor(model.log_prob_sum()).detach().reshape(-1)[:1] * 0
@@ -127,6 +129,20 @@ class _StockDraws:
         """N/B of a plate that the model subsamples."""
         return (frame.full_size or frame.size) / frame.size if frame.vectorized else 1.0
 
+    @contextmanager
+    def _no_noise(self) -> Iterator[None]:
+        """Refuse noise in one more run at given values of the sites: it would be other noise than that of the first."""
+        before = generator_state(self._device)
+        yield
+        if not torch.equal(before, generator_state(self._device)):
+            raise ValueError(
+                f"{NOISY_GUIDE}; so it is with a model: use the pathwise estimator, or leave the noise out"
+            )
+
+    @property
+    def _device(self) -> torch.device:
+        return next((site["value"].device for site in random_sites(self._drawn[0])), torch.device("cpu"))
+
     def _run_model(self, drawn: Trace) -> Trace:
         with Rows(self._rows):
             return poutine.trace(poutine.replay(self._model, trace=drawn)).get_trace(*self._args, **self._kwargs)
@@ -139,8 +155,7 @@ class _StockDraws:
         except (KeyError, TypeError):
             pass
         check_guide(self._drawn[0], self._modelled[0])
-        device = next((site["value"].device for site in random_sites(self._drawn[0])), torch.device("cpu"))
-        with random_state(device):  # one more run of the model must not move the loop's own draws
+        with random_state(self._device):  # one more run of the model must not move the loop's own draws
             dependent = dependent_sites(self._drawn[0], self._modelled[0], self._run_model)
         found = analyse(self._drawn[0], self._modelled[0], dependent)
         with suppress(TypeError):  # bound methods and the like cannot be remembered
@@ -163,5 +178,5 @@ def _frames(trace: Trace) -> Iterator[Any]:
 @contextmanager
 def _holding(leaves: list[Tensor]) -> Iterator[None]:
     """Run with these parameters detached."""
-    with Tape(None, {id(leaf): leaf.detach() for leaf in leaves}, serve=False):
+    with Tape(None, {id(leaf): leaf.detach() for leaf in leaves}, serve=False) as tape, ParamValues(tape):
         yield

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bbvi_conv.program.buffers import CalledModule, called_modules, changed_buffers, restore_buffers
 from bbvi_conv.program.device import OnDevice, with_index
+from bbvi_conv.program.faithful import check_gradients, has_hidden_noise
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import NoiseLayout, random_state
 from bbvi_conv.program.program import UNTAPED_SEED, Program, Rows, guide_trace, quiet_pyro
@@ -42,7 +43,7 @@ from bbvi_conv.program.structure import (
     revalued,
     strata_of,
 )
-from bbvi_conv.program.tape import Tape, taped
+from bbvi_conv.program.tape import Tape, TapeEnds, taped
 
 SMALL = 1000
 """Latent dimensions below which float64 is the default on the CPU."""
@@ -114,6 +115,8 @@ def build(
                 raise ValueError(discrete_latent(site.group(1))) from error
             error.args = (str(error).split("\nTrace Shapes:")[0],)  # which Pyro adds to whatever a model raises
             raise
+        except TapeEnds as error:
+            raise ValueError(str(error)) from error
         except RuntimeError as error:
             if "dtype" not in str(error):
                 raise
@@ -196,6 +199,10 @@ def _build(
         )
     _warn_of_constants(fed.eager)
     program = _program(model, args, kwargs, fed, minibatch, dtype, device, own_rows)
+    if not fed.eager.tape.untaped and has_hidden_noise(program):
+        fed.eager.tape.untaped.add("a random function of torch's that holds others")
+        program = _program(model, args, kwargs, fed, minibatch, dtype, device, own_rows)
+    check_gradients(program)
     restore_buffers(fed.eager.modules)
     return program
 

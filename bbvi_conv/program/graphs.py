@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph_module import _loader as fx_sources
 
 _aten: Any = torch.ops.aten
 
@@ -27,6 +29,20 @@ PRODUCTS = (*(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.ba
 
 NARROW = 64
 """Columns up to which a tall constant matrix is kept columns first: its rows then fill whole vectors."""
+
+
+def recompile(graph: GraphModule) -> None:
+    """Python code of the graph as it now is."""
+    forget_text(graph)
+    graph.recompile()
+    forget_text(graph)
+
+
+def forget_text(graph: GraphModule) -> None:
+    """Let go of the text of a graph's code, which torch would keep for ever."""
+    name = type(graph).forward.__code__.co_filename
+    fx_sources.eval_cache.pop(name, None)
+    linecache.cache.pop(name, None)
 
 
 def results(graph: GraphModule) -> list[Any]:
@@ -66,7 +82,7 @@ def round_products(graph: GraphModule, dtype: torch.dtype) -> int:
             for user in [user for user in made.users if user is not back]:
                 user.replace_input_with(made, back)
             made.meta["tensor_meta"] = made.meta["tensor_meta"]._replace(dtype=dtype)
-    graph.recompile()
+    recompile(graph)
     return len(products)
 
 
@@ -96,7 +112,9 @@ def reordered(graph: GraphModule, order: Sequence[int]) -> GraphModule:
     inputs = graph.graph.find_nodes(op="placeholder")
     for node in [*(inputs[i] for i in order), *(node for node in graph.graph.nodes if node.op != "placeholder")]:
         known[node] = inner.node_copy(node, known.__getitem__)
-    return GraphModule(graph, inner)
+    made = GraphModule(graph, inner)
+    forget_text(made)
+    return made
 
 
 def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
@@ -128,7 +146,9 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
             where = {} if value.device.type == "cpu" else {"device": value.device}
             kind = {"dtype": value.dtype, **where}
             known[node] = inner.call_function(torch.ops.aten.full.default, ([], value.item()), kind)
-    return GraphModule(graph, inner), constants
+    made = GraphModule(graph, inner)
+    forget_text(made)
+    return made, constants
 
 
 def simplify(graph: GraphModule) -> GraphModule:
@@ -157,7 +177,7 @@ def simplify(graph: GraphModule) -> GraphModule:
         elif _is_symmetric(node, symmetric):
             symmetric.add(node)
     graph.graph.eliminate_dead_code()
-    graph.recompile()
+    recompile(graph)
     return graph
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -21,13 +22,15 @@ from torch.distributions import Distribution, transform_to
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import ALONE, Noise, NoiseLayout, random_state
 from bbvi_conv.program.structure import Leaf, Structure, check_finite, is_plate, outside, random_sites, revalued
-from bbvi_conv.program.tape import Tape, taped
+from bbvi_conv.program.tape import Tape, TapeEnds, taped
 from bbvi_conv.program.terms import Terms, collect
 
 Params = dict[str, dict[str, Tensor]]
 """Unconstrained leaves by group: ``{"theta": {name: tensor}, "phi": ..., "shared": ...}``."""
 
 GROUPS = ("theta", "phi", "shared")
+
+NOISY_GUIDE = "the guide draws noise outside its sample sites, as by dropout: its density at given values is unknown"
 
 UNTAPED_SEED = 2
 """Uniforms at the head of the tape that seed the generator of random operations the tape cannot serve."""
@@ -41,6 +44,20 @@ class SiteValues(NamedTuple):
     log_likelihood: dict[str, Tensor]
     log_p: Tensor
     log_q: Tensor
+
+
+class ParamValues(Messenger):  # type: ignore[misc]
+    """Answer ``pyro.param`` with the tape's values: not everything that is done with a leaf passes by the tape."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        value = self.tape.values.get(id(msg["value"]))
+        if value is not None:  # the leaf itself: of a constrained parameter the tape sees the leaf
+            value.unconstrained = weakref.ref(value)  # type: ignore[attr-defined]
+            msg["value"] = value
 
 
 class Rows(Messenger):  # type: ignore[misc]
@@ -353,6 +370,7 @@ class Program:
                 stack.enter_context(random_state(self.device, (high << 24) + low))
             if batch.indices is not None and self.plate is not None:
                 stack.enter_context(Rows({self.plate: batch.indices}))
+            stack.enter_context(ParamValues(tape))
             stack.enter_context(taped(tape))
             yield tape
 
@@ -374,12 +392,13 @@ class Program:
         if phi_density is not phi_sample:
             tape.values = self._values(phi_density)
             before = tape.used
-            with poutine.replay(trace=anew(drawn)):
-                guide = guide_trace(self.guide, args, self.kwargs)
+            try:
+                with poutine.replay(trace=anew(drawn)):
+                    guide = guide_trace(self.guide, args, self.kwargs)
+            except TapeEnds:
+                raise ValueError(NOISY_GUIDE) from None
             if tape.used != before:
-                raise ValueError(
-                    "the guide draws noise outside its sample sites: its density at given values is unknown"
-                )
+                raise ValueError(NOISY_GUIDE)
             if self.structure.score_sites:
                 drawn.compute_log_prob()
         guide.compute_log_prob()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from bbvi_conv.program.graphs import lift
+from bbvi_conv.program.graphs import lift, recompile
 from bbvi_conv.program.trace import to_graph
 from bbvi_conv.program.tracer import tracing
 
@@ -217,7 +217,7 @@ def _replace_detach(graph: GraphModule, stop: Any) -> None:
         else:
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.graph.erase_node(node)
-    graph.recompile()
+    recompile(graph)
 
 
 # ---- the operations ----

@@ -14,6 +14,8 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.faithful import differing, total_and_slopes
+from bbvi_conv.program.graphs import recompile
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
@@ -87,7 +89,7 @@ def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = 
             if node.target is _aten.view.default:  # what is one block of memory here may not be under vmap
                 node.target = _aten.reshape.default
     graph.graph.eliminate_dead_code()
-    graph.recompile()
+    recompile(graph)
     return graph
 
 
@@ -246,23 +248,19 @@ def _check(graph: GraphModule, function: Callable[..., Any], flat: Sequence[Tens
 
     def slopes(run: Callable[..., Any]) -> list[Tensor]:
         leaves = [x.detach().clone().requires_grad_() for x in flat[: len(names)]]
-        with torch.enable_grad():
-            made = run(*leaves, *flat[len(names) :])
-            total = sum(weight * part.sum() for weight, part in enumerate(made, 1))
-        assert isinstance(total, Tensor)
-        given = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
-        return [total.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, given, strict=True))]
+        return total_and_slopes(lambda: run(*leaves, *flat[len(names) :]), leaves)
 
-    found, right = slopes(graph), slopes(function)
-    largest = max((float(x.nan_to_num().abs().max()) for x in right[1:] if x.numel()), default=0.0)
-    for name, a, b in zip(("the density", *names), found, right, strict=True):
-        least = largest if a.dim() else 1.0
-        tolerance = 1e-3 if a.dtype is torch.float32 else 1e-6
-        if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * least, equal_nan=True):
-            raise Untraceable(
-                f"its graph does not give what the program itself does ({name}): something in it changes from run to "
-                "run, or a tensor is changed in a way that a graph cannot follow"
-            )
+    right = slopes(function)
+    try:
+        found = slopes(graph)
+    except Exception as error:  # an operation that only forward runs have
+        raise Untraceable(first_sentence(error)) from error
+    if wrong := differing(found, right):
+        name = ("the density", *names)[wrong[0]]
+        raise Untraceable(
+            f"its graph does not give what the program itself does ({name}): something in it changes from run to "
+            "run, or a tensor is changed in a way that a graph cannot follow"
+        )
 
 
 def over_draws(function: Callable[..., Any], mapped: Sequence[bool], *, vectorise: bool) -> Callable[..., Any]:

@@ -33,7 +33,7 @@ from bbvi_conv.engine.native.inductor import (
 from bbvi_conv.engine.native.layout import Ordered, settled
 from bbvi_conv.engine.native.plan import CannotCompile, Copy, Instruction, Loop, Place, Plan, pack
 from bbvi_conv.engine.native.recording import Pending, Recorder, record
-from bbvi_conv.program.graphs import results, simplify
+from bbvi_conv.program.graphs import recompile, results, simplify
 from bbvi_conv.program.scan import BODIES
 
 SMALL = 2**14
@@ -193,7 +193,7 @@ class _Lowering:
         pure = GraphModule(pure, fx_graph_cse(pure.graph))
         pure.graph.eliminate_dead_code()
         joining.mark(pure)
-        pure.recompile()
+        recompile(pure)
         code = _lower(pure, everything, self.mode)
         self.recorder.code = []
         with self.mode:

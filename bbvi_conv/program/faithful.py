@@ -1,0 +1,88 @@
+"""Whether a program, whose parameters and noise are put in place of Pyro's own, is still the program that Pyro runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.noise import random_state
+from bbvi_conv.program.program import Program
+from bbvi_conv.program.terms import Terms
+
+
+def total_and_slopes(run: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """One number that depends on everything a run gives, and its gradient in every leaf, zero where there is none."""
+    with torch.enable_grad():
+        total = torch.as_tensor(sum(weight * part.sum() for weight, part in enumerate(run(), 1)))
+    known = total.requires_grad and len(leaves) > 0
+    reached = torch.autograd.grad(total, leaves, allow_unused=True) if known else [None] * len(leaves)
+    return [total.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, reached, strict=True))]
+
+
+def differing(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[int]:
+    """Which of the numbers of :func:`total_and_slopes` differ by more than roundings."""
+    largest = max((float(x.nan_to_num().abs().max()) for x in right[1:] if x.numel()), default=0.0)
+
+    def differ(index: int) -> bool:
+        a, b = found[index], right[index]
+        tolerance = 1e-3 if a.dtype is torch.float32 else 1e-6
+        return not torch.allclose(a, b, rtol=tolerance, atol=tolerance * (largest if index else 1.0), equal_nan=True)
+
+    return [index for index in range(len(right)) if differ(index)]
+
+
+def has_hidden_noise(program: Program) -> bool:
+    """Whether a run draws from torch's own generator although all its noise is given: inside a function of torch's."""
+    noise, batch = program.example()
+    theta, phi = program.split(program.initial())
+    with torch.no_grad(), buffers_kept(program.modules), random_state(program.device, 0):
+        before = generator_state(program.device)
+        program.log_weights(theta, phi, phi, noise, batch)
+        return not torch.equal(before, generator_state(program.device))
+
+
+def generator_state(device: torch.device) -> Tensor:
+    """The state of torch's generator for a device: as it was where nothing has been drawn."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def check_gradients(program: Program) -> None:
+    """Compare gradients of one draw, some way off the start, with those that Pyro's own parameters get.
+
+    A program whose densities are not the same in two runs is left alone.
+
+    Raises:
+        ValueError: naming the parameter whose gradient differs.
+    """
+    start = program.initial()
+    if not len(start):
+        return
+    moved = start + 0.01 * torch.sin(torch.arange(1.0, len(start) + 1.0, device=start.device)).to(start)
+    noise, batch = program.example()
+    theta, phi = program.split(moved)
+    values = {name: value.detach().clone().requires_grad_() for name, value in {**theta, **phi}.items()}
+    owned = {leaf.name: leaf.tensor for leaf in program.leaves if leaf.tensor.requires_grad}
+
+    def run(theta: dict[str, Tensor], phi: dict[str, Tensor]) -> Terms:
+        return program.log_weights(theta, phi, phi, noise, batch)
+
+    with buffers_kept(program.modules), random_state(program.device, 0):
+        ours = [{name: values[name] for name in part} for part in (theta, phi)]
+        found = total_and_slopes(lambda: run(*ours), [values[name] for name in owned])
+        program.write_back(moved)
+        try:
+            right = total_and_slopes(lambda: run({}, {}), list(owned.values()))
+        finally:
+            program.write_back(start)
+        wrong = differing(found, right)
+        if not wrong or differing(total_and_slopes(lambda: run(*ours), []), found[:1]):
+            return
+    hidden = [list(owned)[index - 1] for index in wrong if index]
+    raise ValueError(
+        f"parameter {hidden[0] if hidden else next(iter(owned))!r} is handed to something that hides it, so that its "
+        "gradient would be wrong: torch.func, torch.jit, torch.utils.checkpoint or an autograd function of your own; "
+        "hand it a product with one, as in 1.0 * weight, or leave it out"
+    )
