@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bbvi_conv.program.buffers import CalledModule, called_modules, changed_buffers, restore_buffers
 from bbvi_conv.program.device import OnDevice, with_index
-from bbvi_conv.program.faithful import check_gradients, has_hidden_noise
+from bbvi_conv.program.faithful import check
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import NoiseLayout, random_state
 from bbvi_conv.program.program import UNTAPED_SEED, Program, Rows, guide_trace, quiet_pyro
@@ -199,10 +199,10 @@ def _build(
         )
     _warn_of_constants(fed.eager)
     program = _program(model, args, kwargs, fed, minibatch, dtype, device, own_rows)
-    if not fed.eager.tape.untaped and has_hidden_noise(program):
+    if check(program) and not program.untaped:
         fed.eager.tape.untaped.add("a random function of torch's that holds others")
         program = _program(model, args, kwargs, fed, minibatch, dtype, device, own_rows)
-    check_gradients(program)
+        check(program)
     restore_buffers(fed.eager.modules)
     return program
 

@@ -34,32 +34,23 @@ def differing(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[int]:
     return [index for index in range(len(right)) if differ(index)]
 
 
-def has_hidden_noise(program: Program) -> bool:
-    """Whether a run draws from torch's own generator although all its noise is given: inside a function of torch's."""
-    noise, batch = program.example()
-    theta, phi = program.split(program.initial())
-    with torch.no_grad(), buffers_kept(program.modules), random_state(program.device, 0):
-        before = generator_state(program.device)
-        program.log_weights(theta, phi, phi, noise, batch)
-        return not torch.equal(before, generator_state(program.device))
-
-
 def generator_state(device: torch.device) -> Tensor:
     """The state of torch's generator for a device: as it was where nothing has been drawn."""
     return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
-def check_gradients(program: Program) -> None:
+def check(program: Program) -> bool:
     """Compare gradients of one draw, some way off the start, with those that Pyro's own parameters get.
 
     A program whose densities are not the same in two runs is left alone.
 
+    Returns:
+        Whether a run draws from torch's own generator although all its noise is given: inside a function of torch's.
+        Its gradients are then not compared, for its noise is another every time.
     Raises:
         ValueError: naming the parameter whose gradient differs.
     """
     start = program.initial()
-    if not len(start):
-        return
     moved = start + 0.01 * torch.sin(torch.arange(1.0, len(start) + 1.0, device=start.device)).to(start)
     noise, batch = program.example()
     theta, phi = program.split(moved)
@@ -71,7 +62,10 @@ def check_gradients(program: Program) -> None:
 
     with buffers_kept(program.modules), random_state(program.device, 0):
         ours = [{name: values[name] for name in part} for part in (theta, phi)]
+        before = generator_state(program.device)
         found = total_and_slopes(lambda: run(*ours), [values[name] for name in owned])
+        if not torch.equal(before, generator_state(program.device)):
+            return True
         program.write_back(moved)
         try:
             right = total_and_slopes(lambda: run({}, {}), list(owned.values()))
@@ -79,7 +73,7 @@ def check_gradients(program: Program) -> None:
             program.write_back(start)
         wrong = differing(found, right)
         if not wrong or differing(total_and_slopes(lambda: run(*ours), []), found[:1]):
-            return
+            return False
     hidden = [list(owned)[index - 1] for index in wrong if index]
     raise ValueError(
         f"parameter {hidden[0] if hidden else next(iter(owned))!r} is handed to something that hides it, so that its "

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import CustomOpDef
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -223,7 +224,15 @@ def _replace_detach(graph: GraphModule, stop: Any) -> None:
 # ---- the operations ----
 
 
-@torch.library.custom_op("bbvi_conv::stop", mutates_args=())
+def _operation(function: Callable[..., Any]) -> CustomOpDef:
+    """An operation of ours of that name, whose first call does not import torch's compiler in order to keep it out."""
+    made = torch.library.custom_op(f"bbvi_conv::{function.__name__.strip('_')}", function, mutates_args=())
+    for device in getattr(made, "_backend_fns", {}):
+        made._backend_fns[device] = function
+    return made
+
+
+@_operation
 def _stop(x: Tensor) -> Tensor:
     """``detach`` of a scan's body: the same value, no derivative of any order."""
     return x.clone()
@@ -234,7 +243,7 @@ _stop.register_autograd(lambda ctx, grad: torch.zeros_like(grad))
 _stop.register_vmap(lambda info, in_dims, x: (torch.ops.bbvi_conv.stop(x), in_dims[0]))
 
 
-@torch.library.custom_op("bbvi_conv::scan", mutates_args=())
+@_operation
 def _scan(name: str, carry: list[Tensor], xs: list[Tensor], fixed: list[Tensor], reverse: bool) -> list[Tensor]:
     """Last carry, the carry before each round, and what each round gives."""
     body = BODIES[name]

@@ -83,6 +83,12 @@ program = bc.build(model, family=bc.FullRank())
 run = Run(program, Settings(engine="traced"))
 run.engine.advance(run.start(program.initial()).carry, run.stream, 0, 1)
 """
+SCAN = FIRST_STEP.replace(
+    'pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))',
+    """z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    last, _ = bc.scan(lambda level, x: (0.5 * level + x, level), torch.zeros(()), z)
+    pyro.factor("last", -last.square())""",
+)
 FIT = """
 import sys
 import bbvi_conv as bc
@@ -100,7 +106,7 @@ print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modu
 @pytest.mark.skipif(
     not hasattr(TorchDispatchMode, "_should_skip_dynamo"), reason="this torch wraps every mode by its compiler"
 )
-@pytest.mark.parametrize("script", [FIRST_STEP, FIT], ids=["first step", "fit with a check"])
+@pytest.mark.parametrize("script", [FIRST_STEP, SCAN, FIT], ids=["first step", "scan", "fit with a check"])
 def test_uncompiled_steps_and_checks_import_no_compiler(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", script + SHOW], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
