@@ -185,7 +185,7 @@ class TracedEngine:
         program = calculus.program
         if amp == "tf32" and program.device.type != "cuda":
             raise ValueError(f'amp="tf32" needs a CUDA device, and this run is on {program.device}: leave it out')
-        self.amp, self.tf32 = amp, amp == "tf32"
+        self.amp = amp
         start = start_carry(optimiser, program.initial())
         noise, batch = program.example()
         draws = Noise(*(part.expand(calculus.objective.draws, -1).clone() for part in noise))
@@ -197,6 +197,11 @@ class TracedEngine:
             raise ValueError("a step has no matrix product or convolution of float32 numbers: leave amp out")
         self.one = StepGraph(simplify(graph), example)
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
+
+    @property
+    def tf32(self) -> bool:
+        """Whether products on CUDA may round what they take."""
+        return self.amp == "tf32"
 
     @property
     def all(self) -> StepGraph:

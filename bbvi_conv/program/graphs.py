@@ -33,12 +33,19 @@ NARROW = 64
 
 def recompile(graph: GraphModule) -> None:
     """Python code of the graph as it now is."""
-    forget_text(graph)
+    _forget_text(graph)
     graph.recompile()
-    forget_text(graph)
+    _forget_text(graph)
 
 
-def forget_text(graph: GraphModule) -> None:
+def _module(root: GraphModule, graph: Graph) -> GraphModule:
+    """The graph with the constants of another."""
+    made = GraphModule(root, graph)
+    _forget_text(made)
+    return made
+
+
+def _forget_text(graph: GraphModule) -> None:
     """Let go of the text of a graph's code, which torch would keep for ever."""
     name = type(graph).forward.__code__.co_filename
     fx_sources.eval_cache.pop(name, None)
@@ -112,9 +119,7 @@ def reordered(graph: GraphModule, order: Sequence[int]) -> GraphModule:
     inputs = graph.graph.find_nodes(op="placeholder")
     for node in [*(inputs[i] for i in order), *(node for node in graph.graph.nodes if node.op != "placeholder")]:
         known[node] = inner.node_copy(node, known.__getitem__)
-    made = GraphModule(graph, inner)
-    forget_text(made)
-    return made
+    return _module(graph, inner)
 
 
 def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
@@ -146,9 +151,7 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
             where = {} if value.device.type == "cpu" else {"device": value.device}
             kind = {"dtype": value.dtype, **where}
             known[node] = inner.call_function(torch.ops.aten.full.default, ([], value.item()), kind)
-    made = GraphModule(graph, inner)
-    forget_text(made)
-    return made, constants
+    return _module(graph, inner), constants
 
 
 def simplify(graph: GraphModule) -> GraphModule:
