@@ -26,6 +26,14 @@ def _cross_entropy(x: Tensor, y: Tensor, **options: Any) -> Any:
     return functional.softplus(x, threshold=LINEAR_FROM) - y * x
 
 
+def _entry(x: Tensor, index: Any) -> Any:
+    """``x[i]`` and ``x[i, j]`` of whole numbers that are drawn: torch would ask for their values."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(not isinstance(i, Tensor) or i.dim() or i.dtype is not torch.int64 for i in parts) or not parts:
+        return NotImplemented
+    return x[tuple(i.reshape(1) for i in parts)].squeeze(0)
+
+
 class SafeLog:
     """In place of Pyro's autograd function of that name: the gradient of log x is at most 1 / eps, the value untouched.
 
@@ -41,5 +49,6 @@ class SafeLog:
 
 FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.binary_cross_entropy_with_logits: _cross_entropy,
+    Tensor.__getitem__: _entry,
 }
 """Function of torch -> its form, which answers ``NotImplemented`` to options it does not serve."""

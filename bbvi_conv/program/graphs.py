@@ -12,6 +12,9 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph_module import _loader as fx_sources
 
+from bbvi_conv.program.constants import fold
+from bbvi_conv.program.lookups import without_lookup
+
 _aten: Any = torch.ops.aten
 
 _SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh_copy.default)
@@ -155,12 +158,15 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
 
 
 def simplify(graph: GraphModule) -> GraphModule:
-    r"""The same function without what it computes twice and what changes nothing; changes ``graph`` and returns it.
+    r"""The same function without what it computes twice or anew from constants, and what changes nothing.
+
+    Changes ``graph`` and returns it.
 
     For graphs that nobody differentiates any more: ``detach`` has done its work there. A guide that runs twice at equal
     parameters, as sticking the landing has it, then runs once; and of the two equal halves of the gradient of a
-    function of :math:`A A^\top` one.
+    function of :math:`A A^\top` one. Look-ups of entries in their order are none.
     """
+    fold(graph)
     seen: dict[Any, Node] = {}
     symmetric: set[Node] = set()
     for node in list(graph.graph.nodes):
@@ -169,7 +175,7 @@ def simplify(graph: GraphModule) -> GraphModule:
         _give_anew(node)
         if _changes(node) or any(_changes(user) and user.args[0] is node for user in node.users):
             continue
-        same, key = _same_as(node) or _turned_back(node, symmetric), _key(node)
+        same, key = _same_as(node) or _turned_back(node, symmetric) or without_lookup(graph, node), _key(node)
         if same is None:
             same = seen.setdefault(key, node)
         if same is not node:

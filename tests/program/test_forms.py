@@ -96,3 +96,22 @@ def test_other_options_are_torchs(options: str) -> None:
 def test_a_wrong_shape_is_still_refused_by_torch() -> None:
     with taped(Tape(None, {})), pytest.raises(ValueError, match="must be the same as input size"):
         functional.binary_cross_entropy_with_logits(torch.zeros(3), torch.zeros(4), reduction="none")
+
+
+def test_entries_at_places_that_are_drawn() -> None:
+    """``x[i]`` of a place that is computed is traced; torch would ask for its value."""
+    table = torch.arange(12.0).reshape(3, 4)
+
+    def look_up(at: Tensor) -> tuple[Tensor, ...]:
+        first, second = at[0], at[1]
+        return table[first], table[first, second], table[-first - 1], table[:, 1], table[at]
+
+    at = torch.tensor([2, 1])
+
+    def function(at: Tensor) -> tuple[Tensor, ...]:
+        with taped(Tape(None, {})):
+            return look_up(at)
+
+    graph = to_graph(function, torch.tensor([0, 0]))
+    for ours, expected in zip(graph(at), look_up(at), strict=True):
+        assert torch.equal(ours, expected)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bbvi_conv.program.graphs import simplify
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.graphs import lift, results, simplify
+from bbvi_conv.program.trace import over_draws, to_graph
 
 
 def fresh(x: Tensor) -> tuple[Tensor, ...]:
@@ -123,3 +123,85 @@ def test_what_is_changed_through_a_view_is_symmetric_no_more() -> None:
     graph = simplify(to_graph(changed, w, functional=False))
     assert torch.equal(graph(w)[0], changed(w)[0])
     assert changed(w)[0].any()  # power
+
+
+TABLE = torch.arange(12.0, dtype=torch.float64).reshape(3, 4) / 7
+PLACES, TWICE, COUNTED = torch.tensor([2, 0, 1]), torch.tensor([0, 0, 2]), torch.tensor([[0], [1], [2]])
+
+
+def in_order(x: Tensor) -> Tensor:
+    return x[torch.arange(3).reshape(3, 1)].square()
+
+
+def a_part(x: Tensor) -> Tensor:
+    return x[:, torch.arange(1, 3).reshape(2, 1, 1)].exp()
+
+
+def constant_in_order(x: Tensor) -> Tensor:
+    return x[COUNTED].sin()
+
+
+def out_of_order(x: Tensor) -> Tensor:
+    return x[PLACES].square() + x[TWICE]
+
+
+LOOK_UPS = {in_order: 0, a_part: 0, constant_in_order: 0, out_of_order: 4}
+
+
+@pytest.mark.parametrize("function", LOOK_UPS)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_entries_in_their_order_are_not_looked_up(function: Callable[[Tensor], Tensor], mapped: bool) -> None:
+    """Neither they nor their gradients; over one table and over several."""
+
+    def value_and_slope(x: Tensor) -> tuple[Tensor, ...]:
+        def total(x: Tensor) -> Tensor:
+            return (function(x) * torch.linspace(0.5, 1.5, function(x).numel()).reshape(function(x).shape)).sum()
+
+        return function(x), torch.func.grad(total)(x)
+
+    x = torch.stack([TABLE, TABLE.cos()]) if mapped else TABLE
+    run = over_draws(value_and_slope, [True], vectorise=True) if mapped else value_and_slope
+    graph = simplify(to_graph(run, x, functional=False))
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert sum("index" in name for name in names) == LOOK_UPS[function]
+    torch.testing.assert_close(tuple(graph(x)), tuple(run(x)))
+
+
+def test_what_follows_from_constants_is_computed_once() -> None:
+    counts = torch.tensor([0.0, 3.0, 1.0, 7.0], dtype=torch.float64)
+
+    def log_poisson(rate: Tensor) -> tuple[Tensor, ...]:
+        each = torch.distributions.Poisson(rate.reshape(3, 1), validate_args=False).log_prob(counts)
+        return each.sum(), torch.arange(4) * rate[0], counts.sum() * rate
+
+    rate = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    graph = simplify(to_graph(log_poisson, rate, functional=False))
+    assert not any(node.target is torch.ops.aten.lgamma.default for node in graph.graph.nodes)
+    for ours, expected in zip(graph(rate), log_poisson(rate), strict=True):
+        torch.testing.assert_close(ours, expected)
+    _, constants = lift(graph)
+    assert max(constant.numel() for constant in constants) == 4  # one row of three that are alike
+
+
+def test_large_results_of_small_constants_are_computed_anew() -> None:
+    side = torch.linspace(0.0, 1.0, 2000, dtype=torch.float64)
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return ((side.reshape(-1, 1) - side).square() * x,)
+
+    graph = simplify(to_graph(function, torch.ones(()), functional=False))
+    assert sum(c.numel() for c in lift(graph)[1]) <= 4000
+    assert torch.equal(graph(torch.ones(()))[0], function(torch.ones(()))[0])
+    assert len(results(graph)) == 1
+
+
+def test_what_is_changed_in_place_is_no_constant() -> None:
+    start = torch.zeros(3)
+
+    def counted(x: Tensor) -> tuple[Tensor, ...]:
+        total = start.exp()
+        return total.add_(x), total * 2
+
+    graph = simplify(to_graph(counted, torch.ones(3), functional=False))
+    for _ in range(2):
+        assert torch.equal(graph(torch.ones(3))[1], torch.full((3,), 4.0))

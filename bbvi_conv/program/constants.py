@@ -1,0 +1,116 @@
+"""What a graph computes from constants alone, as from data that every step sees whole, computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+_aten: Any = torch.ops.aten
+
+SMALL = 2**20
+"""Bytes up to which a result is kept in any case; larger ones where they take no more than what they are made from."""
+
+_VIEWS = {
+    *(_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten.alias.default),
+    *(_aten.unsqueeze.default, _aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.detach.default),
+    *(_aten.t.default, _aten.permute.default, _aten.transpose.int, _aten.slice.Tensor, _aten.select.int),
+}
+"""Operations that compute nothing."""
+
+
+def fold(graph: GraphModule) -> None:
+    """Keep the results of operations on constants as constants of the graph; changes ``graph``.
+
+    Along dimensions in which a result repeats itself it is kept once.
+    """
+    fixed = _fixed(graph)
+    kept: list[Node] = []
+    read: set[Node] = set()  # by what changes, if need be through views
+    for node in reversed(graph.graph.nodes):
+        if node not in fixed or not any(user not in fixed or user in read for user in node.users):
+            continue
+        if node.op == "call_function" and node.target in _VIEWS:
+            read.add(node)
+        elif node.op == "call_function" and node.all_input_nodes:
+            kept.append(node)
+    values: dict[Node, Tensor] = {}
+    for node in reversed(kept):
+        with torch.no_grad():
+            value = _value(graph, node, values)
+        if value.nbytes <= max(SMALL, sum(values[n].nbytes for n in _sources(node))):
+            _replace(graph, node, value)
+
+
+def _fixed(graph: GraphModule) -> set[Node]:
+    """Nodes whose values are the same in every run."""
+    fixed: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            known = isinstance(getattr(graph, str(node.target), None), Tensor)
+        else:
+            known = node.op == "call_function" and _is_plain(node) and all(n in fixed for n in node.all_input_nodes)
+        if known and not any(_changes(user) for user in node.users):
+            fixed.add(node)
+    return fixed
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether a node computes one tensor, the same every time, and changes none."""
+    target, meta = node.target, node.meta.get("tensor_meta")
+    if not isinstance(target, OpOverload) or target.namespace != "aten" or not hasattr(meta, "shape"):
+        return False
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _changes(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _value(graph: GraphModule, node: Node, values: dict[Node, Tensor]) -> Tensor:
+    """The value of a fixed node; ``values`` holds those that are known, and gets the others."""
+    pending = [node]
+    while pending:
+        last = pending[-1]
+        missing = [n for n in last.all_input_nodes if n not in values]
+        if last in values or not missing:
+            pending.pop()
+            if last.op == "get_attr":
+                values[last] = getattr(graph, str(last.target)).detach()
+            elif last not in values:
+                args, kwargs = torch.fx.map_arg((last.args, last.kwargs), values.__getitem__)
+                values[last] = last.target(*args, **kwargs)  # type: ignore[operator]
+        pending += missing
+    return values[node]
+
+
+def _sources(node: Node) -> set[Node]:
+    """The constants that a fixed node is computed from."""
+    found, pending = set(), [node]
+    while pending:
+        last = pending.pop()
+        if last not in found:
+            found.add(last)
+            pending += last.all_input_nodes
+    return {n for n in found if n.op == "get_attr"}
+
+
+def _replace(graph: GraphModule, node: Node, value: Tensor) -> None:
+    once = value
+    for dim, size in enumerate(value.shape):
+        first = once.narrow(dim, 0, 1) if size > 1 else once
+        if size > 1 and torch.equal(first.expand_as(once), once):
+            once = first
+    name = f"folded_{len(graph.graph.nodes)}_{node.name}"
+    setattr(graph, name, once.clone(memory_format=torch.contiguous_format))
+    with graph.graph.inserting_before(node):
+        new = graph.graph.create_node("get_attr", name)
+        new.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=once.shape)
+        if once.shape != value.shape:
+            new = graph.graph.call_function(_aten.expand.default, (new, list(value.shape)))
+            new.meta["tensor_meta"] = node.meta["tensor_meta"]
+    node.replace_all_uses_with(new)
+    graph.graph.erase_node(node)
