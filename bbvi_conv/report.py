@@ -296,6 +296,7 @@ def _sites(fit: Fit) -> list[tuple[str, tuple[Site, ...]]]:
     structure = fit.program.structure
     return [
         ("latent", structure.latents),
+        ("latent, summed out", structure.enumerated),
         ("observed", structure.observed),
         ("of the guide alone", structure.auxiliary),
     ]

@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
 from bbvi_conv.model_file import load_module
@@ -93,14 +93,19 @@ def coder() -> Callable[..., tuple[Callable[[Tensor], None], Callable[[Tensor], 
 def pyro_gradient() -> Callable[..., tuple[Tensor, Tensor]]:
     """``pyro_gradient(program, x, noise, batch)``: loss and flat gradient by Pyro's own ``Trace_ELBO`` at that noise.
 
-    Pyro runs in the same handlers, so its draws come from the same slices of noise; its parameters are the leaves.
+    By its ``TraceEnum_ELBO`` where the program sums discrete latents out. Pyro runs in the same handlers, so its draws
+    come from the same slices of noise; its parameters are the leaves.
     """
 
     def compute(program: Program, x: Tensor, noise: Noise, batch: Batch) -> tuple[Tensor, Tensor]:
         program.write_back(x)
         with program.handlers(noise, batch):
             args = program.positional(batch)
-            loss = Trace_ELBO().differentiable_loss(program.model, program.guide, *args, **program.kwargs)
+            bound, model = Trace_ELBO(), program.model
+            if program.enumerated is not None:
+                bound = TraceEnum_ELBO(max_plate_nesting=-1 - program.enumerated.dim)
+                model = program.enumerated.marked(model)
+            loss = bound.differentiable_loss(model, program.guide, *args, **program.kwargs)
             leaves = [leaf.tensor for leaf in program.leaves]
             grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         pairs = zip(grads, leaves, strict=True)

@@ -6,17 +6,17 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.elbo import ELBO as PyroELBO
 from pyro.infer.util import torch_item
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bbvi_conv.program.build import dependent_sites
+from bbvi_conv.program.enumeration import Enumerated, check_enumerated, enumerated
 from bbvi_conv.program.faithful import generator_state
 from bbvi_conv.program.noise import random_state
 from bbvi_conv.program.program import NOISY_GUIDE, ParamValues, Rows, anew, guide_trace
@@ -66,8 +66,24 @@ class StockLoss(PyroELBO):  # type: ignore[misc]
         return poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs), drawn
 
 
-_STRUCTURES: weakref.WeakKeyDictionary[Any, tuple[Any, Structure]] = weakref.WeakKeyDictionary()
-"""Guide -> (weak model, structure): which sites depend on a latent does not change from step to step."""
+class _Known(NamedTuple):
+    """What does not change from step to step: which latents are summed out, which sites depend on a latent."""
+
+    model: Any
+    enumerated: tuple[frozenset[str], int] | None
+    structure: Structure
+
+
+_STRUCTURES: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+"""By guide, with a weak reference to the model."""
+
+
+def _known(model: Any, guide: Any) -> _Known | None:
+    try:
+        known = _STRUCTURES[guide]
+    except (KeyError, TypeError):
+        return None
+    return known if known.model() is model else None
 
 
 class _StockDraws:
@@ -77,10 +93,14 @@ class _StockDraws:
 
     def __init__(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any], draws: int) -> None:
         self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs
+        known = _known(model, guide)
         first = guide_trace(guide, args, kwargs)
         self._rows: dict[str, Tensor] = {}
+        if known is not None and known.enumerated is not None:
+            self._model = Enumerated(model, *known.enumerated)
         self._drawn, self._modelled = [first], [self._run_model(first)]
         self._rows = {n: s["value"] for t in (first, self._modelled[0]) for n, s in t.nodes.items() if is_plate(s)}
+        self.structure = self._look() if known is None else known.structure
         for _ in range(draws - 1):  # all draws of a K-sample bound see the same rows
             with Rows(self._rows):
                 drawn = guide_trace(guide, args, kwargs)
@@ -89,7 +109,6 @@ class _StockDraws:
         theta, phi = _leaves(self._modelled[0]), _leaves(self._drawn[0])
         self._theta, self._phi = list(theta.values()), list(phi.values())
         self.has_theta, self.shared = bool(theta), sorted(set(theta) & set(phi))
-        self.structure = self._find_structure()
         frames = {f.name: f for f in _frames(self._modelled[0])}
         self.outside = [name for name, f in frames.items() if self.factor(f) != 1.0]
         self.scale = 1.0
@@ -117,13 +136,12 @@ class _StockDraws:
             rows.append(terms if phi else terms._replace(score=terms.score.detach()))
         return Terms(*(torch.stack(part) for part in zip(*rows, strict=True)))
 
-    def density(self, site: dict[str, Any]) -> Tensor:
-        """Log-probability with the scales of subsampled plates taken out."""
+    def scale_of(self, site: dict[str, Any]) -> Any:
+        """Scale of a site with those of subsampled plates taken out."""
         scale = site["scale"]
         for frame in site["cond_indep_stack"]:
             scale = scale / self.factor(frame)
-        density: Tensor = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
-        return density
+        return scale
 
     def factor(self, frame: Any) -> float:
         """N/B of a plate that the model subsamples."""
@@ -143,24 +161,34 @@ class _StockDraws:
     def _device(self) -> torch.device:
         return next((site["value"].device for site in random_sites(self._drawn[0])), torch.device("cpu"))
 
-    def _run_model(self, drawn: Trace) -> Trace:
+    def _run_model(self, drawn: Trace, model: Any = None) -> Trace:
         with Rows(self._rows):
-            return poutine.trace(poutine.replay(self._model, trace=drawn)).get_trace(*self._args, **self._kwargs)
+            replayed = poutine.replay(model or self._model, trace=drawn)
+            return poutine.trace(replayed).get_trace(*self._args, **self._kwargs)
 
-    def _find_structure(self) -> Structure:
-        try:
-            model, found = _STRUCTURES[self._guide]
-            if model() is self._model:
-                return found
-        except (KeyError, TypeError):
-            pass
-        check_guide(self._drawn[0], self._modelled[0])
-        with random_state(self._device):  # one more run of the model must not move the loop's own draws
-            dependent = dependent_sites(self._drawn[0], self._modelled[0], self._run_model)
-        found = analyse(self._drawn[0], self._modelled[0], dependent)
+    def _look(self) -> Structure:
+        """The structure of a pair that is new here; discrete latents that the guide leaves out are enumerated."""
+        model, drawn, plain = self._model, self._drawn[0], self._modelled[0]
+        names = {site["name"] for site in random_sites(drawn)}
+        with random_state(self._device):  # further runs of the model must not move the loop's own draws
+            found = enumerated(model, plain, names)
+            if found is not None:
+                self._model = found
+                try:
+                    self._modelled = [self._run_model(drawn)]
+                    self._modelled[0].compute_log_prob()
+                except (IndexError, RuntimeError, ValueError) as error:
+                    raise found.refused(error) from error
+                check_enumerated(
+                    self._modelled[0], plain, lambda z: self._run_model(drawn, poutine.condition(model, data=z))
+                )
+            check_guide(drawn, self._modelled[0])
+            dependent = dependent_sites(drawn, self._modelled[0], self._run_model)
+        structure = analyse(drawn, self._modelled[0], dependent)
         with suppress(TypeError):  # bound methods and the like cannot be remembered
-            _STRUCTURES[self._guide] = (weakref.ref(self._model), found)
-        return found
+            kept = None if found is None else (found.names, found.dim)
+            _STRUCTURES[self._guide] = _Known(weakref.ref(model), kept, structure)
+        return structure
 
 
 def _leaves(trace: Trace) -> dict[str, Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bbvi_conv.engine.compiled_map import compiled_where_it_pays
@@ -38,8 +39,9 @@ class Draws(NamedTuple):
     """S independent draws; every tensor has the draws in front.
 
     Attributes:
-        latent, deterministic: values by site, constrained.
-        log_likelihood: per observation, zero where masked, factors left out.
+        latent, deterministic: values by site, constrained; enumerated sites are drawn given the others and the data.
+        log_likelihood: per observation, zero where masked, factors left out; sites that follow from enumerated ones
+            have one together, under their names joined by ``+`` and along the plates that they share.
         replicated: new data at the same draws, by observed site.
         log_p, log_q: ``(S,)``, joint log densities in nats of the rows drawn; log_p is None where the latents are
             global and the rows are not all.
@@ -101,7 +103,7 @@ def draw(
     for name in pieces[0]:
         group, _, site = name.partition(":")
         if group in groups:
-            groups[group][site] = join([p[name] for p in pieces], sites[site], program.plate, group)
+            groups[group][site] = join([p[name] for p in pieces], sites.get(name) or sites[site], program.plate, group)
     seen = None if parts[0] is None else torch.cat([part for part in parts if part is not None])
     log_p, log_q = _densities(program, pieces, sites, seen)
     return Draws(**groups, log_p=log_p, log_q=log_q, rows=seen, kept=kept, variables=sites)
@@ -162,8 +164,7 @@ def describe(program: Program, x: Tensor, batch: Batch) -> tuple[dict[str, Varia
     """The sites of the model and its data, as one draw at ``x`` shows them."""
     noise = program.layout.draw(generator(0, STREAM, 0, program.device), dtype=program.dtype)
     with torch.no_grad(), buffers_kept(program.modules):
-        latents = program.site_values(x.detach(), noise, batch).latent
-        return inspect_sites(program, x, latents, batch)
+        return inspect_sites(program, x, program.site_values(x.detach(), noise, batch), batch)
 
 
 class _Sampler:
@@ -174,6 +175,7 @@ class _Sampler:
     ) -> None:
         self.program, self.x, self.sites, self.kept = program, x, sites, kept
         self.free = [v.name for v in sites.values() if v.kind == "observed" and not v.silent] if replicate else []
+        self.again = bool(self.free) or program.enumerated is not None  # whether the model runs once more
         self.graphs: dict[Any, Mapped] = {}
         self.beside = False  # whether new data take their noise from torch's generator, beside the tape
 
@@ -182,13 +184,25 @@ class _Sampler:
         seen = self.program.site_values(self.x, noise, part)
         groups = {"latent": seen.latent, "deterministic": seen.deterministic}
         groups["log_likelihood"] = {n: v for n, v in seen.log_likelihood.items() if self.sites[n].kind == "observed"}
-        if self.free:
+        together = {one.name: one.log_likelihood for one in seen.sums}
+        groups["log_likelihood"] |= {n: v for n, v in together.items() if f"log_likelihood:{n}" in self.sites}
+        if self.again:
             with taped(Tape(None if self.beside else more, {})):
                 trace = replay(self.program, self.x, seen.latent, part, self.free)
-            groups["replicated"] = {name: torch.as_tensor(trace.nodes[name]["value"]) for name in self.free}
-        out = {f"{g}:{n}": cut(v, self.sites[n], self.kept, g) for g, named in groups.items() for n, v in named.items()}
+            groups["replicated"] = self._values(trace, self.free)
+            drawn = [site.name for site in self.program.structure.enumerated]
+            groups["latent"] = seen.latent | self._values(trace, drawn)
+            groups["deterministic"] = self._values(trace, seen.deterministic)
+        out = {
+            f"{group}:{name}": cut(value, self.sites.get(f"{group}:{name}") or self.sites[name], self.kept, group)
+            for group, named in groups.items()
+            for name, value in named.items()
+        }
         out |= {f"sum:{n}": v.sum() for n, v in groups["log_likelihood"].items()}
         return out | {"log_p": seen.log_p, "log_q": seen.log_q}
+
+    def _values(self, trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: torch.as_tensor(trace.nodes[name]["value"]) for name in names}
 
     def part(self, noise: Noise, batch: Batch, replication: torch.Generator) -> dict[str, Tensor]:
         """S draws over one part of the rows, each tensor ``(S, ...)``."""
@@ -202,7 +216,7 @@ class _Sampler:
         seed = int(torch.randint(2**62, (), generator=replication, device=program.device))
         with torch.no_grad(), buffers_kept(program.modules), random_state(program.device, seed):  # beside the tape
             layout, complete = NoiseLayout(0, 0), True
-            if self.free:
+            if self.again:
                 latents = program.site_values(self.x, noise.at(0), batch).latent
                 with taped(Tape(None, {})) as tape:
                     replay(program, self.x, latents, batch, self.free)
@@ -295,16 +309,17 @@ def _densities(
     log_p, log_q = pieces[0]["log_p"], pieces[0]["log_q"]
     if program.minibatch is None:
         return log_p, log_q
-    observed = [v for v in sites.values() if v.kind == "observed"]
+    likelihoods = {v.name: v for v in sites.values() if f"sum:{v.name}" in pieces[0]}  # what is together comes last
     if local(program):
-        outside = [v.name for v in observed if not v.inside(program.plate)]
+        outside = [name for name, v in likelihoods.items() if not v.inside(program.plate)]
         for piece in pieces[1:]:
             log_p = log_p + piece["log_p"] - sum((piece[f"sum:{n}"] for n in outside), torch.zeros_like(log_p))
             log_q = log_q + piece["log_q"]
         return log_p, log_q
     whole = rows is not None and len(set(rows.tolist())) == program.total
-    inside = [v for v in sites.values() if v.inside(program.plate) and v.kind in ("observed", "factor")]
-    if not whole or any(v.scaled or v.kind == "factor" for v in inside):
+    inside = [v for v in likelihoods.values() if v.inside(program.plate)]
+    factors = [v for v in sites.values() if v.inside(program.plate) and v.kind == "factor"]
+    if not whole or factors or any(v.scaled for v in inside):
         return None, log_q
     for piece in pieces[1:]:
         log_p = log_p + sum((piece[f"sum:{v.name}"] for v in inside), torch.zeros_like(log_p))

@@ -60,7 +60,8 @@ class Plan(NamedTuple):
 def neutral(fit: Fit, num_samples: int = 1000) -> Neutral:
     """Draws of a fit with their densities, replicated data, data and names.
 
-    Groups: posterior (constrained, deterministic sites included), log_likelihood (per observation, factors left out),
+    Groups: posterior (constrained, deterministic and enumerated sites included), log_likelihood (per observation,
+    factors left out; together for what follows from one set of enumerated sites, over all their values),
     posterior_predictive, observed_data, constant_data (tensor arguments that are not observed), sample_stats
     (``log_p`` and ``log_q``, nats). A plate's name is its dimension's name; event dimensions are ``{site}_dim_{i}``.
     Every seed is a chain, named by its seed; of a single seed, chain 0. Seeds that diverged are left out.
@@ -191,7 +192,7 @@ class _Names:
         """Arrays with the draws in front."""
         out = {}
         for name, value in values.items():
-            site = self.draws.variables[name]
+            site = self.draws.variables.get(f"{group}:{name}") or self.draws.variables[name]
             named = self._named(site, value[0].shape, group)
             shape = (len(value), *(value.shape[i + 1] for i in named))
             out[label(name)] = Named((SAMPLE, *named.values()), numpy(value).reshape(shape))

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
+from pyro.infer import infer_discrete
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import random_state
-from bbvi_conv.program.program import Program, Rows
+from bbvi_conv.program.program import Program, Rows, SiteValues, quiet_pyro
 from bbvi_conv.program.structure import innermost, is_deterministic, is_plate
 
 Plates = tuple[tuple[str, int, int], ...]
 
 
 class Variable(NamedTuple):
-    """A site of the model.
+    """A site of the model, or several that have one log-likelihood together.
 
     Attributes:
-        kind: ``latent``, ``deterministic``, ``observed`` or ``factor``.
+        kind: ``latent``, ``deterministic``, ``observed``, ``factor`` or ``together``.
         plates: ``(name, dim, size)``, outermost first; ``dim`` counts from the right of the batch shape.
         event_dim: dimensions right of the batch shape.
         shape: of its value.
@@ -69,32 +70,56 @@ class Unobserved(Messenger):  # type: ignore[misc]
 
 
 def replay(program: Program, x: Tensor, latents: Mapping[str, Tensor], batch: Batch, free: Sequence[str] = ()) -> Trace:
-    """The model's trace at flat parameters ``x`` with the latent sites given and the sites ``free`` sampled afresh."""
-    with ExitStack() as stack:
-        if batch.indices is not None and program.plate is not None:
-            stack.enter_context(Rows({program.plate: batch.indices}))
-        stack.enter_context(poutine.condition(data=dict(latents)))
-        stack.enter_context(Unobserved(free))
-        return poutine.trace(program.bind(program.model, x)).get_trace(*program.positional(batch), **program.kwargs)
+    """The model's trace at flat parameters ``x`` with the latent sites given and the sites ``free`` sampled afresh.
+
+    Enumerated sites are drawn from their joint law given the latents and the data, by forward filtering and backward
+    sampling.
+    """
+    bound = program.bind(program.model, x)
+
+    def model(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            if batch.indices is not None and program.plate is not None:
+                stack.enter_context(Rows({program.plate: batch.indices}))
+            stack.enter_context(poutine.condition(data=dict(latents)))
+            return bound(*args, **kwargs)
+
+    if program.enumerated is not None:
+        model = infer_discrete(program.enumerated.marked(model), first_available_dim=program.enumerated.dim)
+    with quiet_pyro(program.store, program.dtype, program.device), Unobserved(free):
+        return poutine.trace(model).get_trace(*program.positional(batch), **program.kwargs)
 
 
 def inspect_sites(
-    program: Program, x: Tensor, latents: Mapping[str, Tensor], batch: Batch
+    program: Program, x: Tensor, seen: SiteValues, batch: Batch
 ) -> tuple[dict[str, Variable], dict[str, Tensor]]:
-    """The sites of the model and the data of the observed ones, read off one run; torch's generator stays as found."""
+    """The sites of the model and the data of the observed ones, read off one run; torch's generator stays as found.
+
+    What sites have together is under ``log_likelihood:`` and their name.
+    """
+    latents = {*seen.latent, *(site.name for site in program.structure.enumerated)}
     with torch.no_grad(), random_state(program.device):
-        nodes: dict[str, Any] = dict(replay(program, x, latents, batch).nodes)
+        nodes: dict[str, Any] = dict(replay(program, x, seen.latent, batch).nodes)
         sampled = {name: site for name, site in nodes.items() if site["type"] == "sample" and not is_plate(site)}
         sites = {name: _variable(program, site, name in latents) for name, site in sampled.items()}
-    return sites, {name: nodes[name]["value"].detach() for name, v in sites.items() if v.kind == "observed"}
+    data = {name: nodes[name]["value"].detach() for name, v in sites.items() if v.kind == "observed"}
+    for one in seen.sums:
+        if any(name in data for name in one.observed):
+            scaled = any(sites[name].scaled for name in one.sites)
+            shape = tuple(one.log_likelihood.shape)
+            whole = Variable(one.name, "together", _plates(one.frames), 0, shape, scaled, "")
+            sites[f"log_likelihood:{one.name}"] = whole
+    return sites, data
+
+
+def _plates(frames: Iterable[Any]) -> Plates:
+    vectorized = sorted((f for f in frames if f.vectorized), key=lambda f: f.dim)
+    return tuple((f.name, f.dim, f.size) for f in vectorized)
 
 
 def _variable(program: Program, site: dict[str, Any], latent: bool) -> Variable:
     fn, shape = site["fn"], tuple(site["value"].shape)
-    frames = sorted((f for f in site["cond_indep_stack"] if f.vectorized), key=lambda f: f.dim)
-    plates = tuple((f.name, f.dim, f.size) for f in frames)
-    subsampled = program.by_index and any(f.name == program.plate for f in frames)
-    scale = site["scale"] / program.scale if subsampled else site["scale"]
+    plates, scale = _plates(site["cond_indep_stack"]), program.scale_of(site)
     scaled = site["mask"] is not None or not isinstance(scale, float | int) or abs(scale - 1.0) > 1e-12
     if is_deterministic(site):
         event_dim = _event_dim(shape, int(fn.event_dim), plates)

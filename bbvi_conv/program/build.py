@@ -21,6 +21,14 @@ from torch import Tensor, nn
 
 from bbvi_conv.program.buffers import CalledModule, called_modules, changed_buffers, restore_buffers
 from bbvi_conv.program.device import OnDevice, with_index
+from bbvi_conv.program.enumeration import (
+    Enumerated,
+    check_enumerated,
+    enumerated,
+    is_enumerable,
+    joined,
+    without_discrete,
+)
 from bbvi_conv.program.faithful import check
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import NoiseLayout, random_state
@@ -37,6 +45,7 @@ from bbvi_conv.program.structure import (
     innermost,
     is_deterministic,
     is_plate,
+    latent_sites,
     missing_latent,
     plates_of,
     random_sites,
@@ -54,6 +63,7 @@ class _Pass:
     """What one eager pass leaves behind."""
 
     guide: Callable[..., Any]
+    enumerated: Enumerated | None
     guide_trace: Trace
     model_trace: Trace
     tape: Tape
@@ -184,7 +194,7 @@ def _build(
         if of_size is not None:
             _check_size(of_size, model, args, kwargs, dtype, device, seed)
         with random_state(device, seed), quiet_pyro(None, dtype, device):
-            made = guide if guide is not None else family(model)  # type: ignore[misc]
+            made = guide if guide is not None else family(without_discrete(model))  # type: ignore[misc]
         store = pyro.get_param_store().get_state() if loop else {"params": {}, "constraints": {}}
         with of_size or nullcontext():
             return _eager_pass(model, made, args, kwargs, minibatch, rows, dtype, device, seed, store)
@@ -260,6 +270,7 @@ def _program(
         kwargs,
         store=eager.store,
         leaves=_leaves(eager),
+        enumerated=eager.enumerated,
         structure=analyse(eager.guide_trace, eager.model_trace, set()),
         layout=NoiseLayout(used.normal, used.uniform + seeding),
         minibatch=minibatch,
@@ -294,7 +305,7 @@ def _obstacles(eager: _Pass) -> list[str]:
 
 
 class _CheckSites(Messenger):  # type: ignore[misc]
-    """Name a latent that the guide does not draw and a value that does not fit its site, before Pyro goes on."""
+    """Name a latent that nobody draws and a value that does not fit its site, before Pyro goes on."""
 
     def __init__(self, drawn: set[str]) -> None:
         super().__init__()
@@ -303,9 +314,10 @@ class _CheckSites(Messenger):  # type: ignore[misc]
     def _pyro_sample(self, msg: Any) -> None:
         if is_plate(msg) or is_deterministic(msg):
             return
-        if not msg["is_observed"] and msg["name"] not in self.drawn:
+        if msg["is_observed"] or msg["name"] in self.drawn:
+            check_site(msg)
+        elif not is_enumerable(msg):
             raise ValueError(missing_latent(msg))
-        check_site(msg)
 
 
 def _eager_pass(
@@ -337,19 +349,29 @@ def _eager_pass(
                     "use a vectorized plate or range(), or write a guide"
                 ) from error
 
-        def run_model(drawn: Trace) -> Trace:
-            with _CheckSites({s["name"] for s in random_sites(drawn)}):
+        def run_model(drawn: Trace, model: Callable[..., Any] = model) -> Trace:
+            checked = not isinstance(model, Enumerated)
+            with _CheckSites({s["name"] for s in random_sites(drawn)}) if checked else nullcontext():
                 return poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs)
 
-        run_model(guide_trace(guide, args, kwargs))  # parameters that start at random are made here, off the tape
+        drawn = guide_trace(guide, args, kwargs)
+        plain = run_model(drawn)  # parameters that start at random are made here, off the tape
+        summed = enumerated(model, plain, {s["name"] for s in random_sites(drawn)})
         tape = stack.enter_context(taped(Tape(None, {})))
         drawn = guide_trace(guide, args, kwargs)
         guide_used = tape.used
-        model_trace = run_model(drawn)
+        try:
+            model_trace = run_model(drawn, summed or model)
+            model_trace.compute_log_prob()
+        except (IndexError, RuntimeError, ValueError) as error:
+            if summed is None:
+                raise
+            raise summed.refused(error) from error
         check_guide(drawn, model_trace)
         drawn.compute_log_prob()
-        model_trace.compute_log_prob()
-    return _Pass(guide, drawn, model_trace, tape, guide_used, store, modules)
+        if summed is not None and tape.used == guide_used:  # noise of the model's own would be another every time
+            check_enumerated(model_trace, plain, lambda z: run_model(drawn, poutine.condition(model, data=z)))
+    return _Pass(guide, summed, drawn, model_trace, tape, guide_used, store, modules)
 
 
 def _check_size(
@@ -476,8 +498,8 @@ def _check_local_latents(eager: _Pass, minibatch: Minibatch, by_index: bool) -> 
     """A guide with a parameter per row needs to know which rows it sees."""
     local = [
         s["name"]
-        for s in random_sites(eager.model_trace)
-        if not s["is_observed"] and any(f.name == minibatch.plate for f in s["cond_indep_stack"])
+        for s in latent_sites(eager.model_trace)
+        if any(f.name == minibatch.plate for f in s["cond_indep_stack"])
     ]
     if not local or not isinstance(eager.guide, AutoGuide):
         return
@@ -562,11 +584,12 @@ def _custom_functions(eager: _Pass) -> list[str]:
 def dependent_sites(guide_trace: Trace, model_trace: Trace, run_model: Callable[[Trace], Trace]) -> set[str]:
     """Observed sites whose density depends on a latent, read from the autograd graph of one more run of the model."""
     observed = [s["name"] for s in random_sites(model_trace) if s["is_observed"]]
-    latents = [s["name"] for s in random_sites(model_trace) if not s["is_observed"]]
+    latents = [s["name"] for s in latent_sites(model_trace)]
+    reached = joined(model_trace).intersection(observed)
     if any(not guide_trace.nodes[name]["value"].is_floating_point() for name in latents):
         return set(observed)
     if not latents:
-        return set()
+        return reached
     drawn = revalued(guide_trace, as_leaf)
     leaves = [drawn.nodes[name]["value"] for name in latents]
     with torch.enable_grad():
@@ -579,14 +602,14 @@ def dependent_sites(guide_trace: Trace, model_trace: Trace, run_model: Callable[
             return False
         return any(g is not None for g in torch.autograd.grad(density, leaves, retain_graph=True, allow_unused=True))
 
-    return {name for name, density in densities.items() if depends(density)}
+    return {name for name, density in densities.items() if name in reached or depends(density)}
 
 
 def _dependent(program: Program, eager: _Pass, batch: Batch) -> set[str]:
     with program.handlers(None, batch):
 
         def run_model(drawn: Trace) -> Trace:
-            replayed = poutine.replay(program.model, trace=drawn)
+            replayed = poutine.replay(program.density_model, trace=drawn)
             return poutine.trace(replayed).get_trace(*program.positional(batch), **program.kwargs)
 
         return dependent_sites(eager.guide_trace, eager.model_trace, run_model)

@@ -9,8 +9,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from bbvi_conv.program.enumeration import joined
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.structure import as_leaf, random_sites, revalued
+from bbvi_conv.program.structure import as_leaf, latent_sites, random_sites, revalued
 from bbvi_conv.program.terms import analytic_kl
 
 
@@ -18,7 +19,7 @@ def closed_form_sites(program: Program) -> tuple[str, ...]:
     """Latent sites whose guide and prior depend on no latent, are neither scaled nor masked, and have a known KL.
 
     For such a site :math:`E_q[\\log p(z) - \\log q(z)] = -KL(q \\| p)` whatever the other sites do. Dependence is read
-    from the autograd graph.
+    from the autograd graph; what depends on an enumerated latent is summed with it.
 
     Raises:
         ValueError: if there is no such site.
@@ -29,11 +30,13 @@ def closed_form_sites(program: Program) -> tuple[str, ...]:
         drawn = revalued(poutine.trace(program.guide).get_trace(*args, **program.kwargs), as_leaf)
         leaves = [s["value"] for s in random_sites(drawn) if not s["is_observed"] and s["value"].requires_grad]
         guide = poutine.trace(poutine.replay(program.guide, trace=drawn)).get_trace(*args, **program.kwargs)
-        model = poutine.trace(poutine.replay(program.model, trace=drawn)).get_trace(*args, **program.kwargs)
+        model = poutine.trace(poutine.replay(program.density_model, trace=drawn)).get_trace(*args, **program.kwargs)
+        model.compute_log_prob()
+        summed = joined(model)
         found = [
             site["name"]
-            for site in random_sites(model)
-            if not site["is_observed"] and _qualifies(program, guide.nodes[site["name"]], site, leaves)
+            for site in latent_sites(model)
+            if site["name"] not in summed and _qualifies(program, guide.nodes[site["name"]], site, leaves)
         ]
     if not found:
         raise ValueError(

@@ -19,11 +19,22 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Distribution, transform_to
 
+from bbvi_conv.program.enumeration import Enumerated, Sum, apart, sums
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import ALONE, Noise, NoiseLayout, random_state
-from bbvi_conv.program.structure import Leaf, Structure, check_finite, is_plate, outside, random_sites, revalued
+from bbvi_conv.program.structure import (
+    Leaf,
+    Structure,
+    check_finite,
+    is_deterministic,
+    is_plate,
+    latent_sites,
+    outside,
+    random_sites,
+    revalued,
+)
 from bbvi_conv.program.tape import Tape, TapeEnds, taped
-from bbvi_conv.program.terms import Terms, collect
+from bbvi_conv.program.terms import Terms, collect, density_of
 
 Params = dict[str, dict[str, Tensor]]
 """Unconstrained leaves by group: ``{"theta": {name: tensor}, "phi": ..., "shared": ...}``."""
@@ -37,11 +48,15 @@ UNTAPED_SEED = 2
 
 
 class SiteValues(NamedTuple):
-    """What one draw looks like to the user: values of sites, log-likelihoods per observation, the two densities."""
+    """What one draw looks like to the user: values of sites, log-likelihoods per observation, the two densities.
+
+    Sites that follow from enumerated ones have no log-likelihood of their own, but share that of one of the ``sums``.
+    """
 
     latent: dict[str, Tensor]
     deterministic: dict[str, Tensor]
     log_likelihood: dict[str, Tensor]
+    sums: list[Sum]
     log_p: Tensor
     log_q: Tensor
 
@@ -133,6 +148,7 @@ class Program:
     Attributes:
         leaves: unconstrained parameters, theta first, then phi, then shared.
         structure: sites and units.
+        density_model: the model whose traces hold the densities: that with its enumerated sites, or itself.
         layout: base noise of one run.
         total: N, rows of the data when a plate is subsampled, else 1.
         scale: N/B, else 1.
@@ -154,6 +170,7 @@ class Program:
         store: dict[str, Any],
         leaves: Sequence[Leaf],
         structure: Structure,
+        enumerated: Enumerated | None,
         layout: NoiseLayout,
         minibatch: Minibatch | None,
         batched: tuple[int, ...],
@@ -174,6 +191,7 @@ class Program:
         self.obstacles, self.untaped, self.implicit = tuple(obstacles), untaped, implicit
         self.leaves = tuple(sorted(leaves, key=lambda leaf: GROUPS.index(leaf.group)))
         self.modules, self.own_rows = tuple(modules), tuple(own_rows)
+        self.enumerated, self.density_model = enumerated, enumerated or model
         self.analytic: tuple[str, ...] = ()
         self.component_slots = component_slots
         self.scale = total / minibatch.size if minibatch else 1.0
@@ -403,17 +421,15 @@ class Program:
                 drawn.compute_log_prob()
         guide.compute_log_prob()
         tape.values = self._values(theta)
-        model = poutine.trace(poutine.replay(self.model, trace=drawn)).get_trace(*args, **self.kwargs)
+        model = poutine.trace(poutine.replay(self.density_model, trace=drawn)).get_trace(*args, **self.kwargs)
         model.compute_log_prob()
         return drawn, guide, model
 
-    def density(self, site: dict[str, Any]) -> Tensor:
-        """Log-probability of a site by batch dimension, poutine scales in, the scale of ``plate(N, B)`` out."""
+    def scale_of(self, site: dict[str, Any]) -> Any:
+        """Scale of a site, poutine scales in, the scale of ``plate(N, B)`` out."""
         scale = site["scale"]
-        if self.by_index and any(f.name == self.plate for f in site["cond_indep_stack"]):
-            scale = scale / self.scale
-        density: Tensor = scale_and_mask(site["unscaled_log_prob"], scale, site["mask"])
-        return density
+        inside = self.by_index and any(f.name == self.plate for f in site["cond_indep_stack"])
+        return scale / self.scale if inside else scale
 
     def factor(self, frame: Any) -> float:
         """N/B of the subsampled plate, 1 of any other."""
@@ -440,21 +456,23 @@ class Program:
         theta, phi = self.split(x)
         with self.handlers(noise, batch) as tape:
             _, guide, model = self._traces(tape, theta, phi, phi, batch)
-            nodes = model.nodes
             deterministic = {
                 name: site["value"]
-                for name, site in nodes.items()
-                if site["type"] == "sample" and site["infer"].get("_deterministic")
+                for name, site in model.nodes.items()
+                if site["type"] == "sample" and is_deterministic(site)
             }
-            sites = random_sites(model)
+            summed = sums(model, self.scale_of, self.factor)
+            alone = list(apart(model, summed))
+            observed = [s for s in alone if s["is_observed"]]
             zero = torch.zeros((), dtype=self.dtype, device=self.device)
-            log_q = sum((self.density(s).sum() for s in random_sites(guide)), zero)
+            log_p = sum((density_of(s, self).sum() for s in alone), zero)
             return SiteValues(
-                {s["name"]: s["value"] for s in sites if not s["is_observed"]},
+                {s["name"]: s["value"] for s in latent_sites(model)},
                 deterministic,
-                {s["name"]: scale_and_mask(s["unscaled_log_prob"], 1.0, s["mask"]) for s in sites if s["is_observed"]},
-                sum((self.density(s).sum() for s in sites), zero),
-                log_q,
+                {s["name"]: scale_and_mask(s["unscaled_log_prob"], 1.0, s["mask"]) for s in observed},
+                [one for one in summed if one.observed],
+                sum((((one.log_prior + one.log_likelihood) * one.scale).sum() for one in summed), log_p),
+                sum((density_of(s, self).sum() for s in random_sites(guide)), zero),
             )
 
     def drawn(self, x: Tensor, noise: Noise, batch: Batch) -> Trace:
@@ -483,7 +501,11 @@ class Program:
             with torch.no_grad(), self.handlers(noise.at(draw), batch) as tape:
                 _, guide, model = self._traces(tape, theta, phi, phi, batch)
             for where, trace in (("guide", guide), ("model", model)):
-                for site in random_sites(trace):
+                summed = sums(trace, self.scale_of, self.factor)
+                for one in summed:
+                    if not bool(torch.isfinite(one.log_prior + one.log_likelihood).all()):
+                        return f"the log-probability of sites {', '.join(one.sites)}, summed out, is not finite"
+                for site in apart(trace, summed):
                     if what := _bad(site):
                         return f"the {what} of {where} site {site['name']!r} is not finite"
                     if not site["is_observed"] and (support := outside(site)):

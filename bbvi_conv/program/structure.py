@@ -44,6 +44,7 @@ class Structure:
 
     Attributes:
         latents: latent sites of the model.
+        enumerated: discrete latent sites of the model that the guide leaves out; they are summed out of its density.
         observed: observed sites of the model (factors included, deterministic sites not).
         auxiliary: sites of the guide alone.
         score_sites: guide sites without a pathwise gradient.
@@ -54,6 +55,7 @@ class Structure:
     """
 
     latents: tuple[Site, ...]
+    enumerated: tuple[Site, ...]
     observed: tuple[Site, ...]
     auxiliary: tuple[Site, ...]
     score_sites: tuple[str, ...]
@@ -92,6 +94,16 @@ def random_sites(trace: Trace) -> list[dict[str, Any]]:
     return [s for s in trace.nodes.values() if s["type"] == "sample" and not is_plate(s) and not is_deterministic(s)]
 
 
+def is_enumerated(site: dict[str, Any]) -> bool:
+    """Whether a site of a model's trace holds all values of a discrete latent at once, to be summed out."""
+    return site["infer"].get("_enumerate_dim") is not None
+
+
+def latent_sites(trace: Trace) -> list[dict[str, Any]]:
+    """Latent sites of a model's trace that a guide draws."""
+    return [s for s in random_sites(trace) if not s["is_observed"] and not is_enumerated(s)]
+
+
 def strata_of(site: dict[str, Any]) -> int:
     """Components of a stratified mixture at a guide site, else 1; as its distribution declares."""
     return int(getattr(innermost(site["fn"]), "strata", 1))
@@ -119,14 +131,14 @@ def plates_of(site: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
 def analyse(guide_trace: Trace, model_trace: Trace, dependent: set[str]) -> Structure:
     """Structure of a validated pair of traces; ``dependent`` names the observed sites that depend on a latent."""
     model_sites, guide_sites = random_sites(model_trace), random_sites(guide_trace)
-    latent_names = {s["name"] for s in model_sites if not s["is_observed"]}
-    relevant = [s for s in model_sites if s["name"] in latent_names or s["name"] in dependent]
+    latent_names = {s["name"] for s in latent_sites(model_trace)}
+    relevant = [s for s in model_sites if not s["is_observed"] or s["name"] in dependent]
     relevant += [s for s in guide_sites if not s["is_observed"] or s["name"] not in latent_names]
     common = [set(plates_of(s)) for s in relevant]
     unit = sorted(set.intersection(*common), key=lambda p: p[1]) if common else []
 
     def describe(s: dict[str, Any]) -> Site:
-        in_unit = s["name"] in latent_names or s["name"] in dependent
+        in_unit = not s["is_observed"] or s["name"] in dependent
         value = s["value"]
         return Site(
             s["name"],
@@ -138,7 +150,8 @@ def analyse(guide_trace: Trace, model_trace: Trace, dependent: set[str]) -> Stru
         )
 
     return Structure(
-        latents=tuple(describe(s) for s in model_sites if not s["is_observed"]),
+        latents=tuple(describe(s) for s in latent_sites(model_trace)),
+        enumerated=tuple(describe(s) for s in model_sites if is_enumerated(s)),
         observed=tuple(describe(s) for s in model_sites if s["is_observed"]),
         auxiliary=tuple(describe(s) for s in guide_sites if s["name"] not in latent_names),
         score_sites=tuple(
@@ -167,36 +180,34 @@ def check_finite(values: Iterable[tuple[str, Any]]) -> None:
 
 
 def discrete_latent(name: str) -> str:
-    """What to say of a discrete latent site that no guide draws."""
+    """What to say of a discrete latent site that no guide draws and that cannot be enumerated."""
     return (
-        f"latent site {name!r} is discrete: sum it out in the model, by a mixture distribution or logsumexp, or write "
-        "a guide that draws it, where it gets the score function"
+        f"latent site {name!r} is discrete, and its values cannot be listed: sum it out in the model, by a mixture "
+        "distribution or logsumexp, put the entries of a vector in a plate instead of .to_event(), or write a guide "
+        "that draws it, where it gets the score function"
     )
 
 
 def missing_latent(site: Any) -> str:
-    """What to say of a latent site that the guide does not draw."""
+    """What to say of a latent site that the guide does not draw and whose values cannot be listed."""
     name = site["name"]
-    if site["infer"].get("enumerate"):
-        return (
-            f"latent site {name!r} is marked for enumeration and left out of the guide, which is not supported: draw "
-            "it in the guide, where it gets the score function, or sum it out in the model by a mixture distribution"
-        )
+    try:
+        discrete = innermost(site["fn"]).support.is_discrete
+    except (AttributeError, NotImplementedError):
+        discrete = False
+    if discrete:
+        return discrete_latent(name)
     return f"the guide has no sample site {name!r}, a latent of the model; add it to the guide or observe it"
 
 
 def check_guide(guide_trace: Trace, model_trace: Trace) -> None:
-    """Refuse a guide that misses a latent site, has an extra one, or draws values of another shape.
+    """Refuse a guide that has a site too many.
 
     Raises:
         ValueError: naming the site.
     """
-    latents = {s["name"]: s for s in random_sites(model_trace) if not s["is_observed"]}
-    drawn = {s["name"]: s for s in random_sites(guide_trace) if not s["is_observed"]}
-    for name in latents:
-        if name not in drawn:
-            raise ValueError(missing_latent(latents[name]))
-    for name, site in drawn.items():
+    latents = {s["name"] for s in latent_sites(model_trace)}
+    for name, site in ((s["name"], s) for s in random_sites(guide_trace) if not s["is_observed"]):
         if name not in latents and not site["infer"].get("is_auxiliary"):
             raise ValueError(
                 f"guide site {name!r} is no latent of the model; "

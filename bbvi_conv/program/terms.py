@@ -7,10 +7,12 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from bbvi_conv.program.enumeration import apart, sums
 from bbvi_conv.program.structure import Structure, innermost, random_sites, strata_of
 
 
@@ -18,7 +20,8 @@ class Terms(NamedTuple):
     """Log densities of one draw, in nats.
 
     Attributes:
-        log_p: ``(..., U)``, latent sites and what depends on them, per unit, minibatch scale left out.
+        log_p: ``(..., U)``, latent sites and what depends on them, per unit, minibatch scale left out; enumerated
+            sites summed out.
         log_q: ``(..., U)``, guide sites, per unit, likewise.
         log_prior: ``(..., U)``, the part of ``log_p`` from latent sites.
         free: ``(...)``, observed sites that depend on no latent, minibatch scale included.
@@ -39,13 +42,19 @@ class Terms(NamedTuple):
 class Scaling(Protocol):
     """How a run takes minibatch scales out of log-probabilities, and what they are."""
 
-    def density(self, site: dict[str, Any]) -> Tensor:
-        """Log-probability by batch dimension, masks and the user's scales in, minibatch scales out."""
+    def scale_of(self, site: dict[str, Any]) -> Any:
+        """Scale of a site, the user's in, those of minibatches out."""
         ...
 
     def factor(self, frame: Any) -> float:
         """N/B of a plate; 1 where it is not subsampled."""
         ...
+
+
+def density_of(site: dict[str, Any], scaling: Scaling) -> Tensor:
+    """Log-probability of a site by batch dimension, masks and the user's scales in, minibatch scales out."""
+    density: Tensor = scale_and_mask(site["unscaled_log_prob"], scaling.scale_of(site), site["mask"])
+    return density
 
 
 def fold(density: Tensor, site: dict[str, Any], unit: Sequence[str]) -> Tensor:
@@ -91,22 +100,27 @@ def collect(
 
     in_unit = {s.name for s in (*structure.latents, *structure.observed) if s.in_unit}
     prior, likelihood, log_q, score, free = zero, zero, zero, zero, zero.sum()
-    for site in random_sites(model):
+    summed = sums(model, scaling.scale_of, scaling.factor)
+    for one in summed:
+        around = {"cond_indep_stack": one.frames}
+        prior = prior + per_unit(around, one.log_prior * one.scale)
+        likelihood = likelihood + per_unit(around, one.log_likelihood * one.scale)
+    for site in apart(model, summed):
         name, observed = site["name"], site["is_observed"]
         if name in analytic:
             prior = prior - per_unit(site, analytic_kl(guide.nodes[name], site))
         elif not observed:
-            prior = prior + per_unit(site, scaling.density(site))
+            prior = prior + per_unit(site, density_of(site, scaling))
         elif name in in_unit:
-            likelihood = likelihood + per_unit(site, scaling.density(site))
+            likelihood = likelihood + per_unit(site, density_of(site, scaling))
         else:
             whole = math.prod(scaling.factor(f) for f in site["cond_indep_stack"])
-            free = free + scaling.density(site).sum() * whole
+            free = free + density_of(site, scaling).sum() * whole
     for site in random_sites(guide):
         if site["name"] not in analytic:
-            log_q = log_q + per_unit(site, scaling.density(site))
+            log_q = log_q + per_unit(site, density_of(site, scaling))
     for name in structure.score_sites:
-        score = score + per_unit(drawn.nodes[name], scaling.density(drawn.nodes[name]))
+        score = score + per_unit(drawn.nodes[name], density_of(drawn.nodes[name], scaling))
     weight = torch.ones_like(zero)
     for site in random_sites(drawn):
         if strata_of(site) > 1:

@@ -8,6 +8,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from bbvi_conv.program.enumeration import log_joint
 from bbvi_conv.program.noise import random_state
 from bbvi_conv.program.program import Program, quiet_pyro
 from bbvi_conv.program.structure import random_sites
@@ -22,7 +23,7 @@ class Target:
     """
 
     def __init__(self, program: Program, x: Tensor) -> None:
-        self._program, self._model = program, program.bind(program.model, x)
+        self._program, self._model = program, program.bind(program.density_model, x)
         with torch.no_grad():  # a draw of the guide: an improper prior has none
             trace = self._run(program.site_values(x, *program.example()).latent)
         names = {site.name for site in program.structure.latents}
@@ -60,8 +61,9 @@ class Target:
     def __call__(self, zeta: Tensor) -> Tensor:
         """Log density in nats, ``()``."""
         values, volume = self._values(zeta)
-        density: Tensor = self._run(values).log_prob_sum() + volume
-        return density
+        trace = self._run(values)
+        trace.compute_log_prob()
+        return log_joint(trace) + volume
 
     def coordinate(self, index: int) -> str:
         """Which site a coordinate belongs to."""

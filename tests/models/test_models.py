@@ -52,6 +52,7 @@ def test_nothing_ships_untested() -> None:
         "banana",
         "bernoulli_vae",
         "challenger",
+        "coal_mining",
         "conjugate_gaussian",
         "conv_vae",
         "deep_gaussian_vae",
@@ -167,6 +168,40 @@ def test_challenger_data_give_the_published_fit() -> None:
     assert best.x[0] - 70 * best.x[1] == pytest.approx(15.043, abs=1e-3)
     assert best.x[1] == pytest.approx(-0.2322, abs=1e-4)
     assert best.fun == pytest.approx(20.315, abs=1e-3)
+
+
+# Coal mining
+
+
+def test_coal_mining_density() -> None:
+    module = load("coal_mining")
+    (disasters,) = module.data()
+    assert (len(disasters), int(disasters.sum()), module.FIRST) == (112, 191, 1851)
+    rates = np.where(np.arange(112) <= 40, 3.0, 0.9)
+    expected = stats.poisson(rates).logpmf(disasters.numpy()).sum() - math.log(111)
+    expected += stats.gamma(2).logpdf([3.0, 0.9]).sum()
+    values = {"early": 3.0, "late": 0.9, "change": 40}
+    assert log_joint(module.model, module.data(), values) == pytest.approx(expected, rel=1e-12)
+
+
+def test_coal_mining_evidence_by_quadrature() -> None:
+    module = load("coal_mining")
+    (disasters,) = module.data()
+    counts = disasters.numpy()
+
+    def segment(part: np.ndarray) -> float:
+        value, _ = integrate.quad(
+            lambda rate: stats.gamma(2).pdf(rate) * np.exp(stats.poisson(rate).logpmf(part).sum() + 1.3 * len(part)),
+            0,
+            12,
+            points=[0.5, 1.0, 2.0, 3.0, 4.0],
+        )
+        return math.log(value) - 1.3 * len(part)
+
+    each = np.array([segment(counts[: k + 1]) + segment(counts[k + 1 :]) for k in range(111)]) - math.log(111)
+    evidence, probability = module.posterior(disasters)
+    assert float(evidence) == pytest.approx(np.logaddexp.reduce(each), abs=1e-6)
+    np.testing.assert_allclose(probability.numpy(), np.exp(each - np.logaddexp.reduce(each)), atol=1e-7)
 
 
 # Conjugate Gaussian
