@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import random_state
 from bbvi_conv.program.program import Program, Rows, SiteValues, quiet_pyro
-from bbvi_conv.program.structure import innermost, is_deterministic, is_plate
+from bbvi_conv.program.structure import innermost, is_deterministic, is_plate, plates_of
 
 Plates = tuple[tuple[str, int, int], ...]
 
@@ -107,19 +107,14 @@ def inspect_sites(
         if any(name in data for name in one.observed):
             scaled = any(sites[name].scaled for name in one.sites)
             shape = tuple(one.log_likelihood.shape)
-            whole = Variable(one.name, "together", _plates(one.frames), 0, shape, scaled, "")
+            whole = Variable(one.name, "together", plates_of(one.around), 0, shape, scaled, "")
             sites[f"log_likelihood:{one.name}"] = whole
     return sites, data
 
 
-def _plates(frames: Iterable[Any]) -> Plates:
-    vectorized = sorted((f for f in frames if f.vectorized), key=lambda f: f.dim)
-    return tuple((f.name, f.dim, f.size) for f in vectorized)
-
-
 def _variable(program: Program, site: dict[str, Any], latent: bool) -> Variable:
     fn, shape = site["fn"], tuple(site["value"].shape)
-    plates, scale = _plates(site["cond_indep_stack"]), program.scale_of(site)
+    plates, scale = plates_of(site), program.scale_of(site)
     scaled = site["mask"] is not None or not isinstance(scale, float | int) or abs(scale - 1.0) > 1e-12
     if is_deterministic(site):
         event_dim = _event_dim(shape, int(fn.event_dim), plates)

@@ -122,7 +122,7 @@ def build(
             program = _build(model, guide, args, kwargs, family, minibatch, attempt, device, seed, loop)
         except ValueError as error:
             if site := re.search(r"discrete sample site '([^']*)'", str(error)):  # said by an AutoGuide
-                raise ValueError(discrete_latent(site.group(1))) from error
+                raise ValueError(discrete_latent(site.group(1), made=guide is not None)) from error
             error.args = (str(error).split("\nTrace Shapes:")[0],)  # which Pyro adds to whatever a model raises
             raise
         except TapeEnds as error:

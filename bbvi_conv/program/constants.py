@@ -21,13 +21,16 @@ _VIEWS = {
 }
 """Operations that compute nothing."""
 
+_BY_STRIDES = (_aten.as_strided.default, _aten.as_strided_copy.default)
+
 
 def fold(graph: GraphModule) -> None:
     """Keep the results of operations on constants as constants of the graph; changes ``graph``.
 
-    Along dimensions in which a result repeats itself it is kept once.
+    Along dimensions in which a result repeats itself it is kept once, unless something reads it by its strides.
     """
     fixed = _fixed(graph)
+    by_strides = any(node.target in _BY_STRIDES for node in graph.graph.nodes)
     kept: list[Node] = []
     read: set[Node] = set()  # by what changes, if need be through views
     for node in reversed(graph.graph.nodes):
@@ -42,7 +45,7 @@ def fold(graph: GraphModule) -> None:
         with torch.no_grad():
             value = _value(graph, node, values)
         if value.nbytes <= max(SMALL, sum(values[n].nbytes for n in _sources(node))):
-            _replace(graph, node, value)
+            _replace(graph, node, value if by_strides else _once(value))
 
 
 def _fixed(graph: GraphModule) -> set[Node]:
@@ -98,19 +101,24 @@ def _sources(node: Node) -> set[Node]:
     return {n for n in found if n.op == "get_attr"}
 
 
-def _replace(graph: GraphModule, node: Node, value: Tensor) -> None:
-    once = value
+def _once(value: Tensor) -> Tensor:
+    """The value without its repetitions."""
     for dim, size in enumerate(value.shape):
-        first = once.narrow(dim, 0, 1) if size > 1 else once
-        if size > 1 and torch.equal(first.expand_as(once), once):
-            once = first
+        first = value.narrow(dim, 0, 1) if size > 1 else value
+        if size > 1 and torch.equal(first.expand_as(value), value):
+            value = first
+    return value
+
+
+def _replace(graph: GraphModule, node: Node, value: Tensor) -> None:
+    kind = node.meta["tensor_meta"]
     name = f"folded_{len(graph.graph.nodes)}_{node.name}"
-    setattr(graph, name, once.clone(memory_format=torch.contiguous_format))
+    setattr(graph, name, value.clone())
     with graph.graph.inserting_before(node):
         new = graph.graph.create_node("get_attr", name)
-        new.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=once.shape)
-        if once.shape != value.shape:
-            new = graph.graph.call_function(_aten.expand.default, (new, list(value.shape)))
-            new.meta["tensor_meta"] = node.meta["tensor_meta"]
+        new.meta["tensor_meta"] = kind._replace(shape=value.shape)
+        if value.shape != kind.shape:
+            new = graph.graph.call_function(_aten.expand.default, (new, list(kind.shape)))
+            new.meta["tensor_meta"] = kind
     node.replace_all_uses_with(new)
     graph.graph.erase_node(node)

@@ -158,6 +158,17 @@ class Sum(NamedTuple):
     scale: Any
 
     @property
+    def density(self) -> Tensor:
+        """Log density of all sites, scaled."""
+        density: Tensor = (self.log_prior + self.log_likelihood) * self.scale
+        return density
+
+    @property
+    def around(self) -> dict[str, Any]:
+        """The plates as a site of a trace has them."""
+        return {"cond_indep_stack": self.frames}
+
+    @property
     def name(self) -> str:
         """What the observed sites are called together."""
         return "+".join(self.observed if len(self.observed) < 4 else (self.observed[0], "...", self.observed[-1]))
@@ -280,8 +291,8 @@ def joined(trace: Trace) -> set[str]:
 def log_joint(trace: Trace) -> Tensor:
     """Log density of a trace in nats, ``()``, all scales in, enumerated sites summed out."""
     summed = sums(trace, lambda site: site["scale"])
-    alone = [site["log_prob"].sum() for site in apart(trace, summed)]
-    return torch.stack([*alone, *(((one.log_prior + one.log_likelihood) * one.scale).sum() for one in summed)]).sum()
+    parts = [site["log_prob"] for site in apart(trace, summed)] + [one.density for one in summed]
+    return torch.stack([part.sum() for part in parts]).sum()
 
 
 def apart(trace: Trace, summed: Collection[Sum]) -> Iterator[dict[str, Any]]:

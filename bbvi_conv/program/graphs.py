@@ -18,6 +18,7 @@ from bbvi_conv.program.lookups import without_lookup
 _aten: Any = torch.ops.aten
 
 _SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh_copy.default)
+_VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 _RESHAPES = (_aten.view.default, _aten.expand.default, _aten.reshape.default, _aten._unsafe_view.default)
 _ONE = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 _ZERO = (_aten.add.Tensor, _aten.sub.Tensor)
@@ -126,7 +127,7 @@ def reordered(graph: GraphModule, order: Sequence[int]) -> GraphModule:
 
 
 def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
-    """The graph with its constant tensors as further inputs, after the others, and the constants.
+    """The graph with its constant tensors as further inputs, after the others; and these, each in memory of its own.
 
     Constant scalars are written into the graph, where they fold.
     """
@@ -141,7 +142,8 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
         value = getattr(graph, name)
         if name not in lifted and value.dim():
             lifted[name] = inner.placeholder(f"constant_{len(constants)}")
-            constants.append(_columns_first(value.detach()))
+            constant, places = _columns_first(value.detach()), {c.untyped_storage().data_ptr() for c in constants}
+            constants.append(constant.clone() if constant.untyped_storage().data_ptr() in places else constant)
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             continue
@@ -166,6 +168,9 @@ def simplify(graph: GraphModule) -> GraphModule:
     parameters, as sticking the landing has it, then runs once; and of the two equal halves of the gradient of a
     function of :math:`A A^\top` one. Look-ups of entries in their order are none.
     """
+    for node in graph.graph.nodes:
+        if node.target in _VIEWS:  # of what may no longer be one block of memory
+            node.target = _aten.reshape.default
     fold(graph)
     seen: dict[Any, Node] = {}
     symmetric: set[Node] = set()

@@ -471,7 +471,7 @@ class Program:
                 deterministic,
                 {s["name"]: scale_and_mask(s["unscaled_log_prob"], 1.0, s["mask"]) for s in observed},
                 [one for one in summed if one.observed],
-                sum((((one.log_prior + one.log_likelihood) * one.scale).sum() for one in summed), log_p),
+                sum((one.density.sum() for one in summed), log_p),
                 sum((density_of(s, self).sum() for s in random_sites(guide)), zero),
             )
 
@@ -503,7 +503,7 @@ class Program:
             for where, trace in (("guide", guide), ("model", model)):
                 summed = sums(trace, self.scale_of, self.factor)
                 for one in summed:
-                    if not bool(torch.isfinite(one.log_prior + one.log_likelihood).all()):
+                    if not bool(torch.isfinite(one.density).all()):
                         return f"the log-probability of sites {', '.join(one.sites)}, summed out, is not finite"
                 for site in apart(trace, summed):
                     if what := _bad(site):

@@ -179,8 +179,15 @@ def check_finite(values: Iterable[tuple[str, Any]]) -> None:
                 raise ValueError(f"{name} holds {value[index].item()} at index {index}; remove or mask such rows")
 
 
-def discrete_latent(name: str) -> str:
-    """What to say of a discrete latent site that no guide draws and that cannot be enumerated."""
+def discrete_latent(name: str, *, made: bool = False) -> str:
+    """What to say of a discrete latent site that no guide draws and that cannot be enumerated, or is not for a guide
+    that was ``made`` from the model with it."""
+    if made:
+        return (
+            f"latent site {name!r} is discrete: make the guide from the model without it, as "
+            f"AutoNormal(poutine.block(model, hide=[{name!r}])), or give a family in its place; it is then summed out "
+            "where its values can be listed"
+        )
     return (
         f"latent site {name!r} is discrete, and its values cannot be listed: sum it out in the model, by a mixture "
         "distribution or logsumexp, put the entries of a vector in a plate instead of .to_event(), or write a guide "

@@ -102,9 +102,8 @@ def collect(
     prior, likelihood, log_q, score, free = zero, zero, zero, zero, zero.sum()
     summed = sums(model, scaling.scale_of, scaling.factor)
     for one in summed:
-        around = {"cond_indep_stack": one.frames}
-        prior = prior + per_unit(around, one.log_prior * one.scale)
-        likelihood = likelihood + per_unit(around, one.log_likelihood * one.scale)
+        prior = prior + per_unit(one.around, one.log_prior * one.scale)
+        likelihood = likelihood + per_unit(one.around, one.log_likelihood * one.scale)
     for site in apart(model, summed):
         name, observed = site["name"], site["is_observed"]
         if name in analytic:

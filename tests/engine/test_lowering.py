@@ -78,3 +78,35 @@ def test_what_many_numbers_share_is_laid_out_before(function, dear: str, generat
     before, over_rows = generated().split("<static_cast<int64_t>(500L)", 1)
     assert re.search(dear, before)
     assert not re.search(dear, over_rows)
+
+
+def running(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Running sums and products along either dimension, as stick-breaking has them."""
+    return (x.cumsum(-1) * (1 + y).cumprod(-1) + y.cumsum(0).exp() + (x > 0).cumsum(-1),)
+
+
+@pytest.mark.parametrize(("size", "calls"), [(5, 0), (40, 3)])
+def test_short_running_sums_are_no_calls(size: int, calls: int, generated: Callable[[], str]) -> None:
+    gen = torch.Generator().manual_seed(0)
+    given = [torch.rand(4, size, generator=gen, dtype=torch.float64) - 0.5 for _ in range(2)]
+    loop = NativeLoop(to_graph(running, *given), given, 1, 0)
+    loop.load()
+    (made,), _ = loop(given[:1], [], 1)
+    torch.testing.assert_close(made, running(*given)[0])
+    assert len(loop._calls) == calls
+
+
+BASE = torch.arange(12.0, dtype=torch.float64)
+
+
+def test_constants_that_share_memory() -> None:
+    given = [torch.linspace(0.0, 1.0, 8, dtype=torch.float64)]
+    first, second = BASE[:8], BASE[4:]
+
+    def windows(x: Tensor) -> tuple[Tensor, ...]:
+        return (x * first + second,)
+
+    loop = NativeLoop(to_graph(windows, *given), given, 1, 0)
+    loop.load()
+    (made,), _ = loop(given, [], 1)
+    torch.testing.assert_close(made, windows(*given)[0])

@@ -205,3 +205,16 @@ def test_what_is_changed_in_place_is_no_constant() -> None:
     graph = simplify(to_graph(counted, torch.ones(3), functional=False))
     for _ in range(2):
         assert torch.equal(graph(torch.ones(3))[1], torch.full((3,), 4.0))
+
+
+def test_constants_kept_once_are_still_one_block_for_a_view() -> None:
+    weights = torch.linspace(0.1, 0.4, 4, dtype=torch.float64)
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        spread = weights.expand(3, 4).exp()  # three rows that are alike
+        return (x.reshape(6, 2) * torch.ops.aten._unsafe_view(spread, [6, 2]),)
+
+    x = torch.arange(12.0, dtype=torch.float64).reshape(3, 4)
+    graph = simplify(to_graph(function, x, functional=False))
+    torch.testing.assert_close(graph(x)[0], function(x)[0])
+    assert not any(node.target is torch.ops.aten.exp.default for node in graph.graph.nodes)

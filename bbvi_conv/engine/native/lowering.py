@@ -39,6 +39,9 @@ from bbvi_conv.program.scan import BODIES
 SMALL = 2**14
 """Multiplications up to which a matrix product is written as multiply-and-sum, so that it fuses."""
 
+SHORT = 32
+"""Numbers up to which their running sums and products are written as sums of each beginning, so that they fuse."""
+
 SIMD = {"AVX512": 512, "AVX2": 256}
 """Vector bits by the name torch gives the processor."""
 
@@ -79,6 +82,24 @@ def _mv(a: Tensor, b: Tensor) -> Tensor:
     return (a * settled(b)).sum(-1)
 
 
+def _running(x: Tensor, dim: int, neutral: float) -> Tensor:
+    """Each beginning of ``x`` along a dimension, filled up with ``neutral``, along a last dimension."""
+    places = torch.arange(x.shape[dim], device=x.device)
+    return torch.where(places.unsqueeze(-1) >= places, x.movedim(dim, -1).unsqueeze(-2), neutral)
+
+
+def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    if not x.dim() or x.shape[dim] > SHORT:
+        return NotImplemented  # type: ignore[no-any-return]
+    return _running(x, dim, 0).sum(-1, dtype=dtype).movedim(-1, dim)
+
+
+def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    if not x.dim() or x.shape[dim] > SHORT:
+        return NotImplemented  # type: ignore[no-any-return]
+    return _running(x, dim, 1).prod(-1, dtype=dtype).movedim(-1, dim)
+
+
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     product = _small_product(a, b)
     return NotImplemented if product is NotImplemented else beta * bias + alpha * product
@@ -92,6 +113,8 @@ def _decompositions() -> dict[Any, Any]:
         aten.mv.default: _mv,
         aten.dot.default: _dot,
         aten.addmm.default: _addmm,
+        aten.cumsum.default: _cumsum,
+        aten.cumprod.default: _cumprod,
         aten.div.Tensor: _quotient,
         aten.silu.default: _silu,
         torch.ops.bbvi_conv.stop.default: torch.clone,
