@@ -14,6 +14,9 @@ _aten: Any = torch.ops.aten
 SMALL = 2**20
 """Bytes up to which a result is kept in any case; larger ones where they take no more than what they are made from."""
 
+LARGE = 2**28
+"""Bytes of an intermediate result above which nothing is computed ahead: a compiled step may never lay it out."""
+
 _VIEWS = {
     *(_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten.alias.default),
     *(_aten.unsqueeze.default, _aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.detach.default),
@@ -42,10 +45,13 @@ def fold(graph: GraphModule) -> None:
             kept.append(node)
     values: dict[Node, Tensor] = {}
     for node in reversed(kept):
+        above = _above(node)
+        made_from = sum(_bytes(n) for n in above if n.op == "get_attr")
+        if _bytes(node) > max(SMALL, made_from) or max(map(_bytes, above)) > max(LARGE, made_from):
+            continue
         with torch.no_grad():
             value = _value(graph, node, values)
-        if value.nbytes <= max(SMALL, sum(values[n].nbytes for n in _sources(node))):
-            _replace(graph, node, value if by_strides else _once(value))
+        _replace(graph, node, value if by_strides else _once(value))
 
 
 def _fixed(graph: GraphModule) -> set[Node]:
@@ -56,7 +62,7 @@ def _fixed(graph: GraphModule) -> set[Node]:
             known = isinstance(getattr(graph, str(node.target), None), Tensor)
         else:
             known = node.op == "call_function" and _is_plain(node) and all(n in fixed for n in node.all_input_nodes)
-        if known and not any(_changes(user) for user in node.users):
+        if known and not any(changes(user) for user in node.users):
             fixed.add(node)
     return fixed
 
@@ -69,7 +75,8 @@ def _is_plain(node: Node) -> bool:
     return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
-def _changes(node: Node) -> bool:
+def changes(node: Node) -> bool:
+    """Whether an operation writes to what it is given."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
@@ -90,15 +97,20 @@ def _value(graph: GraphModule, node: Node, values: dict[Node, Tensor]) -> Tensor
     return values[node]
 
 
-def _sources(node: Node) -> set[Node]:
-    """The constants that a fixed node is computed from."""
+def _bytes(node: Node) -> int:
+    kind = node.meta["tensor_meta"]
+    return torch.Size(kind.shape).numel() * int(kind.dtype.itemsize)
+
+
+def _above(node: Node) -> set[Node]:
+    """A fixed node and all that it is computed from."""
     found, pending = set(), [node]
     while pending:
         last = pending.pop()
         if last not in found:
             found.add(last)
             pending += last.all_input_nodes
-    return {n for n in found if n.op == "get_attr"}
+    return found
 
 
 def _once(value: Tensor) -> Tensor:

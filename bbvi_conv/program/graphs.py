@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph_module import _loader as fx_sources
 
-from bbvi_conv.program.constants import fold
+from bbvi_conv.program.constants import changes, fold
 from bbvi_conv.program.lookups import without_lookup
 
 _aten: Any = torch.ops.aten
@@ -178,7 +178,7 @@ def simplify(graph: GraphModule) -> GraphModule:
         if node.op not in ("call_function", "get_attr"):
             continue
         _give_anew(node)
-        if _changes(node) or any(_changes(user) and user.args[0] is node for user in node.users):
+        if changes(node) or any(changes(user) and user.args[0] is node for user in node.users):
             continue
         same, key = _same_as(node) or _turned_back(node, symmetric) or without_lookup(graph, node), _key(node)
         if same is None:
@@ -198,7 +198,7 @@ def simplify(graph: GraphModule) -> GraphModule:
 def _give_anew(node: Node) -> None:
     """Let an operation that changes what nothing else reads give a result of its own: it then fuses with others."""
     source = node.args[0] if node.args else None
-    if not _changes(node) or not isinstance(source, Node) or len(source.users) > 1 or not is_fresh(source):
+    if not changes(node) or not isinstance(source, Node) or len(source.users) > 1 or not is_fresh(source):
         return
     name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname  # type: ignore[union-attr]
     packet = getattr(_aten, name.removesuffix("_"), None)
@@ -206,10 +206,6 @@ def _give_anew(node: Node) -> None:
         node.target = _FILLS[node.target]
     elif name.endswith("_") and hasattr(packet, overload):
         node.target = getattr(packet, overload)
-
-
-def _changes(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def is_fresh(node: Node) -> bool:
