@@ -57,14 +57,26 @@ def fold(graph: GraphModule) -> None:
 def _fixed(graph: GraphModule) -> set[Node]:
     """Nodes whose values are the same in every run."""
     fixed: set[Node] = set()
+    written = _written(graph)
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             known = isinstance(getattr(graph, str(node.target), None), Tensor)
         else:
             known = node.op == "call_function" and _is_plain(node) and all(n in fixed for n in node.all_input_nodes)
-        if known and not any(changes(user) for user in node.users):
+        if known and node not in written:
             fixed.add(node)
     return fixed
+
+
+def _written(graph: GraphModule) -> set[Node]:
+    """Nodes in whose memory something is written, if need be through views."""
+    written: set[Node] = set()
+    for node in graph.graph.nodes:
+        at = node.args[0] if changes(node) else None
+        while isinstance(at, Node):
+            written.add(at)
+            at = None if is_fresh(at) or not at.args else at.args[0]
+    return written
 
 
 def _is_plain(node: Node) -> bool:
@@ -78,6 +90,11 @@ def _is_plain(node: Node) -> bool:
 def changes(node: Node) -> bool:
     """Whether an operation writes to what it is given."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def is_fresh(node: Node) -> bool:
+    """Whether nothing else lies in the memory of what the node gives."""
+    return isinstance(node.target, OpOverload) and all(r.alias_info is None for r in node.target._schema.returns)
 
 
 def _value(graph: GraphModule, node: Node, values: dict[Node, Tensor]) -> Tensor:

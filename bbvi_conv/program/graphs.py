@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph_module import _loader as fx_sources
 
-from bbvi_conv.program.constants import changes, fold
+from bbvi_conv.program.constants import changes, fold, is_fresh
 from bbvi_conv.program.lookups import without_lookup
 
 _aten: Any = torch.ops.aten
@@ -206,11 +205,6 @@ def _give_anew(node: Node) -> None:
         node.target = _FILLS[node.target]
     elif name.endswith("_") and hasattr(packet, overload):
         node.target = getattr(packet, overload)
-
-
-def is_fresh(node: Node) -> bool:
-    """Whether nothing else lies in the memory of what the node gives."""
-    return isinstance(node.target, OpOverload) and all(r.alias_info is None for r in node.target._schema.returns)
 
 
 def _same_as(node: Node) -> Node | None:

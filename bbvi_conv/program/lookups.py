@@ -78,9 +78,9 @@ def _entries(graph: GraphModule, node: Any) -> range | None:
         value = getattr(graph, str(node.target), None)
         if not isinstance(value, Tensor) or value.dtype is not torch.int64 or value.numel() == 0:
             return None
-        first = int(value.reshape(-1)[0])
-        found = range(first, first + value.numel())
-        return found if value.reshape(-1).tolist() == list(found) else None
+        found = range(int(value.reshape(-1)[0]), int(value.reshape(-1)[0]) + value.numel())
+        counted = torch.arange(found.start, found.stop, device=value.device)
+        return found if torch.equal(value.reshape(-1), counted) else None
     if node.target in (_aten.arange.default, _aten.arange.start) and all(isinstance(n, int) for n in node.args):
         return range(*node.args)  # type: ignore[arg-type]
     if node.target in _KEEPS:
