@@ -11,7 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bbvi_conv.engine.compiled_map import compiled_where_it_pays
-from bbvi_conv.posterior.sites import Variable, inspect_sites, replay
+from bbvi_conv.posterior.sites import Variable, inspect_sites, replay, variable
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.graphs import simplify, widths
 from bbvi_conv.program.minibatch import Batch
@@ -103,7 +103,7 @@ def draw(
     for name in pieces[0]:
         group, _, site = name.partition(":")
         if group in groups:
-            groups[group][site] = join([p[name] for p in pieces], sites.get(name) or sites[site], program.plate, group)
+            groups[group][site] = join([p[name] for p in pieces], variable(sites, group, site), program.plate, group)
     seen = None if parts[0] is None else torch.cat([part for part in parts if part is not None])
     log_p, log_q = _densities(program, pieces, sites, seen)
     return Draws(**groups, log_p=log_p, log_q=log_q, rows=seen, kept=kept, variables=sites)
@@ -189,20 +189,17 @@ class _Sampler:
         if self.again:
             with taped(Tape(None if self.beside else more, {})):
                 trace = replay(self.program, self.x, seen.latent, part, self.free)
-            groups["replicated"] = self._values(trace, self.free)
+            groups["replicated"] = _values(trace, self.free)
             drawn = [site.name for site in self.program.structure.enumerated]
-            groups["latent"] = seen.latent | self._values(trace, drawn)
-            groups["deterministic"] = self._values(trace, seen.deterministic)
+            groups["latent"] = seen.latent | _values(trace, drawn)
+            groups["deterministic"] = _values(trace, seen.deterministic)
         out = {
-            f"{group}:{name}": cut(value, self.sites.get(f"{group}:{name}") or self.sites[name], self.kept, group)
+            f"{group}:{name}": cut(value, variable(self.sites, group, name), self.kept, group)
             for group, named in groups.items()
             for name, value in named.items()
         }
         out |= {f"sum:{n}": v.sum() for n, v in groups["log_likelihood"].items()}
         return out | {"log_p": seen.log_p, "log_q": seen.log_q}
-
-    def _values(self, trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: torch.as_tensor(trace.nodes[name]["value"]) for name in names}
 
     def part(self, noise: Noise, batch: Batch, replication: torch.Generator) -> dict[str, Tensor]:
         """S draws over one part of the rows, each tensor ``(S, ...)``."""
@@ -233,6 +230,10 @@ class _Sampler:
                     raise
             self.beside = True
             return Mapped(function, moving, fixed, trace=False)(moving, fixed)
+
+
+def _values(trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(trace.nodes[name]["value"]) for name in names}
 
 
 class Mapped:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bbvi_conv.posterior.draws import Draws, axis_of, cut, describe, draw, join, local, mixed, row_parts, row_step
-from bbvi_conv.posterior.sites import Variable
+from bbvi_conv.posterior.sites import Variable, variable
 from bbvi_conv.program.program import Program
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class _Names:
         """Arrays with the draws in front."""
         out = {}
         for name, value in values.items():
-            site = self.draws.variables.get(f"{group}:{name}") or self.draws.variables[name]
+            site = variable(self.draws.variables, group, name)
             named = self._named(site, value[0].shape, group)
             shape = (len(value), *(value.shape[i + 1] for i in named))
             out[label(name)] = Named((SAMPLE, *named.values()), numpy(value).reshape(shape))

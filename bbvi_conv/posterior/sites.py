@@ -57,6 +57,11 @@ class Variable(NamedTuple):
         return dims[0] if dims and len(self.shape) >= -dims[0] else None
 
 
+def variable(sites: Mapping[str, Variable], group: str, name: str) -> Variable:
+    """What is known of a name in a group of arrays: there it may stand for several sites together."""
+    return sites.get(f"{group}:{name}") or sites[name]
+
+
 class Unobserved(Messenger):  # type: ignore[misc]
     """Sample the named observed sites afresh and keep the data of all others."""
 

@@ -18,7 +18,7 @@ LARGE = 2**28
 """Bytes of an intermediate result above which nothing is computed ahead: a compiled step may never lay it out."""
 
 _VIEWS = {
-    *(_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten.alias.default),
+    *(_aten.reshape.default, _aten.expand.default, _aten.alias.default),
     *(_aten.unsqueeze.default, _aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.detach.default),
     *(_aten.t.default, _aten.permute.default, _aten.transpose.int, _aten.slice.Tensor, _aten.select.int),
 }

@@ -18,7 +18,7 @@ _aten: Any = torch.ops.aten
 
 _SAME = (_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh_copy.default)
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default)
-_RESHAPES = (_aten.view.default, _aten.expand.default, _aten.reshape.default, _aten._unsafe_view.default)
+_RESHAPES = (_aten.expand.default, _aten.reshape.default)
 _ONE = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 _ZERO = (_aten.add.Tensor, _aten.sub.Tensor)
 TURNS = (_aten.t.default, _aten.permute.default, _aten.transpose.int)
@@ -136,13 +136,16 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
         known[node] = inner.node_copy(node)
     lifted: dict[str, Node] = {}
     constants: list[Tensor] = []
+    places: set[int] = set()
     for node in graph.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         value = getattr(graph, name)
         if name not in lifted and value.dim():
             lifted[name] = inner.placeholder(f"constant_{len(constants)}")
-            constant, places = _columns_first(value.detach()), {c.untyped_storage().data_ptr() for c in constants}
-            constants.append(constant.clone() if constant.untyped_storage().data_ptr() in places else constant)
+            constant = _columns_first(value.detach())
+            place = constant.untyped_storage().data_ptr()
+            constants.append(constant.clone() if place in places else constant)
+            places.add(place)
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             continue
@@ -165,7 +168,7 @@ def simplify(graph: GraphModule) -> GraphModule:
 
     For graphs that nobody differentiates any more: ``detach`` has done its work there. A guide that runs twice at equal
     parameters, as sticking the landing has it, then runs once; and of the two equal halves of the gradient of a
-    function of :math:`A A^\top` one. Look-ups of entries in their order are none.
+    function of :math:`A A^\top` one. Look-ups of entries in their order become slices.
     """
     for node in graph.graph.nodes:
         if node.target in _VIEWS:  # of what may no longer be one block of memory

@@ -17,7 +17,7 @@ _aten: Any = torch.ops.aten
 
 _ZEROS = (_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default)
 _KEEPS = {
-    *(_aten.reshape.default, _aten.view.default, _aten._unsafe_view.default, _aten.unsqueeze.default),
+    *(_aten.reshape.default, _aten.unsqueeze.default),
     *(_aten.squeeze.default, _aten.squeeze.dim, _aten.clone.default, _aten.detach.default, _aten.alias.default),
     *(_aten.lift_fresh_copy.default, _aten.expand.default),
 }
