@@ -21,7 +21,7 @@ from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.terms import Terms
-from bbvi_conv.program.trace import LogWeights, TracedLogWeights, Untraceable, over_draws, to_graph
+from bbvi_conv.program.trace import LogWeights, TracedLogWeights, Untraceable, over_draws, simplified, to_graph
 
 CHUNK = 20_000_000
 """Numbers a vectorised evaluation may hold per parameter-sized array."""
@@ -148,7 +148,7 @@ class Calculus:
         if name not in self._graphs:
             flat = self._flat(name, batch)
             if self.traced:
-                graph = simplify(to_graph(flat, *_flatten(x, noise, batch, *more), functional=False))
+                graph = simplified(flat, *_flatten(x, noise, batch, *more))
                 self._graphs[name], self._widths[name] = graph, widest(graph)
             else:
                 self._graphs[name] = flat

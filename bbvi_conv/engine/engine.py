@@ -14,10 +14,11 @@ from torch.fx import GraphModule
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.streams import Stream
 from bbvi_conv.optim import Average, Optimiser, empty_average, include
-from bbvi_conv.program.graphs import has_products, recompile, round_products, simplify
+from bbvi_conv.program.graph_module import WrittenLate
+from bbvi_conv.program.graphs import has_products, round_products, simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
-from bbvi_conv.program.trace import Untraceable, over_draws, to_graph
+from bbvi_conv.program.trace import Untraceable, over_draws, simplified, to_graph
 
 
 class Carry(NamedTuple):
@@ -192,10 +193,10 @@ class TracedEngine:
         self.carried, self._parts = len(start.flat()), len(batch.args)
         rows = [] if batch.indices is None else [batch.indices]
         example = [*start.flat(), *draws, *batch.args, *rows]
-        graph = to_graph(self._flat, *example, functional=False)
+        graph = simplified(self._flat, *example)
         if amp is not None and not (has_products(graph) if self.tf32 else round_products(graph, torch.bfloat16)):
             raise ValueError("a step has no matrix product or convolution of float32 numbers: leave amp out")
-        self.one = StepGraph(simplify(graph), example)
+        self.one = StepGraph(graph if amp is None else simplify(graph), example)
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
 
     @property
@@ -265,14 +266,14 @@ def float32_products(tf32: bool) -> Iterator[None]:
 
 def _unchecked(one: StepGraph, carried: int) -> StepGraph:
     """A step that keeps what is new without a condition; ``bad`` stays."""
-    graph = GraphModule(one.graph, copy.deepcopy(one.graph.graph))
+    graph = WrittenLate(one.graph, copy.deepcopy(one.graph.graph))
     (end,) = graph.graph.find_nodes(op="output")
     *moved, bad = end.args[0][:carried]
     if any(node.target is not torch.ops.aten.where.self for node in (*moved, bad)):
         raise RuntimeError("a step does not end in the choice between its new state and its old one")
     end.args = ([*(node.args[1] for node in moved), bad.args[1], *end.args[0][carried:]],)
     graph.graph.eliminate_dead_code()
-    recompile(graph)
+    graph.recompile()
     return StepGraph(graph, one.example)
 
 

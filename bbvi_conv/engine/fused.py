@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from bbvi_conv.engine.native.cache import folder
+from bbvi_conv.program.graph_module import WrittenLate
 from bbvi_conv.program.graphs import widest
 
 NARROW = 2**22
@@ -25,6 +26,7 @@ def fused(graph: GraphModule) -> Callable[..., object]:
         UnsafeCache: for the folder of the cache.
     """
     together = widest(graph) < NARROW
+    WrittenLate.force_recompile(graph)  # it reads the code
     run = torch.compile(graph, fullgraph=True, dynamic=False, options={"combo_kernels": together})
 
     def quietly(*inputs: torch.Tensor) -> object:

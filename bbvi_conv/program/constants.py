@@ -9,6 +9,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from bbvi_conv.program.graph_module import constant
+
 _aten: Any = torch.ops.aten
 
 SMALL = 2**20
@@ -23,6 +25,9 @@ _VIEWS = {
     *(_aten.t.default, _aten.permute.default, _aten.transpose.int, _aten.slice.Tensor, _aten.select.int),
 }
 """Operations that compute nothing."""
+
+_PARTS = (_aten.unsafe_split.Tensor, _aten.unsafe_split_with_sizes.default)
+"""Operations that give views, and say that they do not."""
 
 _BY_STRIDES = (_aten.as_strided.default, _aten.as_strided_copy.default)
 
@@ -57,26 +62,25 @@ def fold(graph: GraphModule) -> None:
 def _fixed(graph: GraphModule) -> set[Node]:
     """Nodes whose values are the same in every run."""
     fixed: set[Node] = set()
-    written = _written(graph)
+    unsteady = written(graph)
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             known = isinstance(getattr(graph, str(node.target), None), Tensor)
         else:
             known = node.op == "call_function" and _is_plain(node) and all(n in fixed for n in node.all_input_nodes)
-        if known and node not in written:
+        if known and node not in unsteady:
             fixed.add(node)
     return fixed
 
 
-def _written(graph: GraphModule) -> set[Node]:
-    """Nodes in whose memory something is written, if need be through views."""
-    written: set[Node] = set()
+def written(graph: GraphModule) -> set[Node]:
+    """Nodes in whose memory something is written at some time, by whatever view of it."""
+    owner: dict[Node, Node] = {}
     for node in graph.graph.nodes:
-        at = node.args[0] if changes(node) else None
-        while isinstance(at, Node):
-            written.add(at)
-            at = None if is_fresh(at) or not at.args else at.args[0]
-    return written
+        shared = node.op == "call_function" and not is_fresh(node) and isinstance(node.args[0], Node)
+        owner[node] = owner[node.args[0]] if shared else node
+    changed = {owner[node.args[0]] for node in graph.graph.nodes if changes(node)}
+    return {node for node, whose in owner.items() if whose in changed}
 
 
 def _is_plain(node: Node) -> bool:
@@ -94,7 +98,9 @@ def changes(node: Node) -> bool:
 
 def is_fresh(node: Node) -> bool:
     """Whether nothing else lies in the memory of what the node gives."""
-    return isinstance(node.target, OpOverload) and all(r.alias_info is None for r in node.target._schema.returns)
+    if not isinstance(node.target, OpOverload) or node.target in _PARTS:
+        return False
+    return all(returned.alias_info is None for returned in node.target._schema.returns)
 
 
 def _value(graph: GraphModule, node: Node, values: dict[Node, Tensor]) -> Tensor:
@@ -141,11 +147,8 @@ def _once(value: Tensor) -> Tensor:
 
 def _replace(graph: GraphModule, node: Node, value: Tensor) -> None:
     kind = node.meta["tensor_meta"]
-    name = f"folded_{len(graph.graph.nodes)}_{node.name}"
-    setattr(graph, name, value.clone())
     with graph.graph.inserting_before(node):
-        new = graph.graph.create_node("get_attr", name)
-        new.meta["tensor_meta"] = kind._replace(shape=value.shape)
+        new = constant(graph, value.clone(), f"folded_{len(graph.graph.nodes)}_{node.name}")
         if value.shape != kind.shape:
             new = graph.graph.call_function(_aten.expand.default, (new, list(kind.shape)))
             new.meta["tensor_meta"] = kind

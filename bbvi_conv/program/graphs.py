@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import linecache
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.graph_module import _loader as fx_sources
 
-from bbvi_conv.program.constants import changes, fold, is_fresh
+from bbvi_conv.program.constants import changes, fold, is_fresh, written
+from bbvi_conv.program.graph_module import WrittenLate
 from bbvi_conv.program.lookups import without_lookup
+from bbvi_conv.program.pieces import Pieces, joined
 
 _aten: Any = torch.ops.aten
 
@@ -32,27 +32,6 @@ PRODUCTS = (*(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.ba
 
 NARROW = 64
 """Columns up to which a tall constant matrix is kept columns first: its rows then fill whole vectors."""
-
-
-def recompile(graph: GraphModule) -> None:
-    """Python code of the graph as it now is."""
-    _forget_text(graph)
-    graph.recompile()
-    _forget_text(graph)
-
-
-def _module(root: GraphModule, graph: Graph) -> GraphModule:
-    """The graph with the constants of another."""
-    made = GraphModule(root, graph)
-    _forget_text(made)
-    return made
-
-
-def _forget_text(graph: GraphModule) -> None:
-    """Let go of the text of a graph's code, which torch would keep for ever."""
-    name = type(graph).forward.__code__.co_filename
-    fx_sources.eval_cache.pop(name, None)
-    linecache.cache.pop(name, None)
 
 
 def results(graph: GraphModule) -> list[Any]:
@@ -92,7 +71,7 @@ def round_products(graph: GraphModule, dtype: torch.dtype) -> int:
             for user in [user for user in made.users if user is not back]:
                 user.replace_input_with(made, back)
             made.meta["tensor_meta"] = made.meta["tensor_meta"]._replace(dtype=dtype)
-    recompile(graph)
+    graph.recompile()
     return len(products)
 
 
@@ -122,7 +101,7 @@ def reordered(graph: GraphModule, order: Sequence[int]) -> GraphModule:
     inputs = graph.graph.find_nodes(op="placeholder")
     for node in [*(inputs[i] for i in order), *(node for node in graph.graph.nodes if node.op != "placeholder")]:
         known[node] = inner.node_copy(node, known.__getitem__)
-    return _module(graph, inner)
+    return WrittenLate(graph, inner)
 
 
 def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
@@ -158,31 +137,35 @@ def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
             where = {} if value.device.type == "cpu" else {"device": value.device}
             kind = {"dtype": value.dtype, **where}
             known[node] = inner.call_function(torch.ops.aten.full.default, ([], value.item()), kind)
-    return _module(graph, inner), constants
+    return WrittenLate(graph, inner), constants
 
 
-def simplify(graph: GraphModule) -> GraphModule:
+def simplify(graph: GraphModule, *, differentiable: bool = False) -> GraphModule:
     r"""The same function without what it computes twice or anew from constants, and what changes nothing.
 
     Changes ``graph`` and returns it.
 
-    For graphs that nobody differentiates any more: ``detach`` has done its work there. A guide that runs twice at equal
-    parameters, as sticking the landing has it, then runs once; and of the two equal halves of the gradient of a
+    ``detach`` stays where the graph is ``differentiable``; in others it has done its work. A guide that runs twice at
+    equal parameters, as sticking the landing has it, then runs once; and of the two equal halves of the gradient of a
     function of :math:`A A^\top` one. Look-ups of entries in their order become slices.
     """
     for node in graph.graph.nodes:
         if node.target in _VIEWS:  # of what may no longer be one block of memory
             node.target = _aten.reshape.default
+    for node in graph.graph.nodes:
+        _give_anew(node)
     fold(graph)
+    unsteady, pieces = written(graph), Pieces()
     seen: dict[Any, Node] = {}
     symmetric: set[Node] = set()
     for node in list(graph.graph.nodes):
         if node.op not in ("call_function", "get_attr"):
             continue
-        _give_anew(node)
-        if changes(node) or any(changes(user) and user.args[0] is node for user in node.users):
+        if node in unsteady or not unsteady.isdisjoint(node.all_input_nodes):  # what it reads may be another later
             continue
-        same, key = _same_as(node) or _turned_back(node, symmetric) or without_lookup(graph, node), _key(node)
+        detached = differentiable and node.target is _aten.detach.default
+        same = (None if detached else _same_as(node)) or _turned_back(node, symmetric) or without_lookup(graph, node)
+        same, key = same or joined(graph, node, pieces), _key(node)
         if same is None:
             same = seen.setdefault(key, node)
         if same is not node:
@@ -193,7 +176,7 @@ def simplify(graph: GraphModule) -> GraphModule:
         elif _is_symmetric(node, symmetric):
             symmetric.add(node)
     graph.graph.eliminate_dead_code()
-    recompile(graph)
+    graph.recompile()
     return graph
 
 

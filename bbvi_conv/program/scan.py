@@ -20,7 +20,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from bbvi_conv.program.graphs import lift, recompile
+from bbvi_conv.program.graphs import lift
 from bbvi_conv.program.trace import to_graph
 from bbvi_conv.program.tracer import tracing
 
@@ -218,7 +218,7 @@ def _replace_detach(graph: GraphModule, stop: Any) -> None:
         else:
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.graph.erase_node(node)
-    recompile(graph)
+    graph.recompile()
 
 
 # ---- the operations ----

@@ -13,14 +13,16 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
+from bbvi_conv.program.batching import batched, plan
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.faithful import differing, total_and_slopes
-from bbvi_conv.program.graphs import recompile
+from bbvi_conv.program.graph_module import constant
+from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.terms import Terms
-from bbvi_conv.program.tracer import Kind, trace
+from bbvi_conv.program.tracer import trace
 
 LogWeights = Callable[..., Terms]
 """``(theta, phi_sample, phi_density, noise, batch) -> Terms``."""
@@ -89,7 +91,27 @@ def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = 
             if node.target is _aten.view.default:  # what is one block of memory here may not be under vmap
                 node.target = _aten.reshape.default
     graph.graph.eliminate_dead_code()
-    recompile(graph)
+    graph.recompile()
+    return graph
+
+
+def simplified(function: Callable[..., Any], *example: Tensor) -> GraphModule:
+    """A simpler graph of a function made of graphs, run once: it has to give what the function gave.
+
+    Raises:
+        Untraceable: as :func:`to_graph`, or where it does not.
+    """
+    made: list[Any] = []
+
+    def noted(*given: Tensor) -> Any:
+        made.append(function(*given))
+        return made[-1]
+
+    graph = simplify(to_graph(noted, *example, functional=False))
+    with torch.no_grad():
+        found, right = ([part.detach() for part in tree_leaves(given)] for given in (graph(*example), made[-1]))
+    if differing([found[0], *found], [right[0], *right]):
+        raise Untraceable("its graph does not give what it was made from, which is a fault of this library's")
     return graph
 
 
@@ -116,12 +138,8 @@ def _fix_masks(graph: GraphModule, node: Node) -> None:
             found.append(indices)  # type: ignore[arg-type]
             continue
         for places in _value(graph, indices).nonzero().unbind(1):  # type: ignore[arg-type]
-            name = f"_{node.name}_{len(found)}"
-            graph.register_buffer(name, places)
             with graph.graph.inserting_before(node):
-                made = graph.graph.create_node("get_attr", name, (), {})
-            made.meta["tensor_meta"] = Kind(places.shape, places.dtype)
-            found.append(made)
+                found.append(constant(graph, places, f"_{node.name}_{len(found)}"))
     node.update_arg(1, found)
 
 
@@ -234,9 +252,23 @@ class TracedLogWeights:
         if batch.indices is not None:
             flat.append(batch.indices)
         with buffers_kept(program.modules):  # clones: the tracer tells inputs apart by identity
-            graph = to_graph(function, *(x.clone() for x in flat))
+            graph = simplify(to_graph(function, *(x.clone() for x in flat)), differentiable=True)
+            graph = _with_rounds_together(graph, flat)
             _check(graph, functools.partial(function, tracing=False), flat, names)
         self._graphs[joint] = graph
+
+
+def _with_rounds_together(graph: GraphModule, example: Sequence[Tensor]) -> GraphModule:
+    """The graph with what a Python loop did round by round done at once, where that can be and pays."""
+    groups = plan(graph)
+    if groups is None:
+        return graph
+    try:
+        run = batched(graph, groups, functools.partial(over_draws, vectorise=True))
+        made = to_graph(run, *(x.clone() for x in example), functional=False)
+    except (Untraceable, RuntimeError):  # an operation that vmap cannot map
+        return graph
+    return simplify(made, differentiable=True)
 
 
 def _check(graph: GraphModule, function: Callable[..., Any], flat: Sequence[Tensor], names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,9 @@ from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from bbvi_conv.program.graph_module import Kind, WrittenLate
+
 _aten: Any = torch.ops.aten
-
-
-class Kind(NamedTuple):
-    """What a graph notes of a value, as ``node.meta["tensor_meta"]``."""
-
-    shape: torch.Size
-    dtype: torch.dtype
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -60,10 +55,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def output(self, made: Any) -> GraphModule:
         """The graph, which gives what ``made`` holds."""
         self.graph.output(self._arguments(made))
-        return GraphModule(self.constants, self.graph)
+        return WrittenLate(self.constants, self.graph)
 
     def _note(self, tensor: Tensor, node: Node) -> None:
-        node.meta["tensor_meta"] = Kind(tensor.shape, tensor.dtype)
+        node.meta["tensor_meta"] = Kind.of(tensor)
         self._nodes[tensor] = node
 
     def _arguments(self, value: Any) -> Any:
@@ -76,7 +71,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = f"_tensor_constant{len(self.constants)}"
             self.constants[name] = tensor
             node = self.graph.create_node("get_attr", name, (), {})
-            node.meta["tensor_meta"] = Kind(tensor.shape, tensor.dtype)
+            node.meta["tensor_meta"] = Kind.of(tensor)
             self._fixed[tensor] = node
         return node
 

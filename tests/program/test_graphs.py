@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from bbvi_conv.program.graphs import lift, simplify
-from bbvi_conv.program.trace import over_draws, to_graph
+from bbvi_conv.program.trace import Untraceable, over_draws, simplified, to_graph
 
 
 def fresh(x: Tensor) -> tuple[Tensor, ...]:
@@ -223,3 +224,50 @@ def test_constants_kept_once_are_still_one_block_for_a_view() -> None:
     graph = simplify(to_graph(function, x, functional=False))
     torch.testing.assert_close(graph(x)[0], function(x)[0])
     assert not any(node.target is torch.ops.aten.exp.default for node in graph.graph.nodes)
+
+
+def kept(x: Tensor) -> tuple[Tensor, ...]:
+    """A copy and a sum of what is changed afterwards: an in-place product keeps what its derivative needs."""
+    product = x.exp()
+    copy, total = product.clone(), product.sum()
+    product.mul_(x)
+    return copy, total, product.sum(), product
+
+
+def by_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """As a recurrent cell writes it: parts of a tensor that is nobody's, one changed by another."""
+    first, second = torch.unsafe_split(x.exp(), 1)
+    before = first.clone()
+    first.add_(second).sigmoid_()
+    return before, first, second.clone(), before.sin()
+
+
+def twice(x: Tensor) -> tuple[Tensor, ...]:
+    """The same question before and after a change."""
+    state = x.exp()
+    before = state.sin()
+    state[0] += 1.0
+    return before, state.sin()
+
+
+@pytest.mark.parametrize("function", [kept, by_parts, twice])
+def test_what_is_changed_later_is_not_taken_for_what_it_was(function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    graph = simplify(to_graph(function, x, functional=False))
+    for ours, expected in zip(graph(x), function(x), strict=True):
+        torch.testing.assert_close(ours, expected)
+    for ours, expected in zip(simplified(function, x)(x), function(x), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_simpler_graph_that_gives_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(graph: GraphModule) -> GraphModule:
+        for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default):
+            node.target = torch.ops.aten.cos.default
+        graph.recompile()
+        return graph
+
+    monkeypatch.setattr("bbvi_conv.program.trace.simplify", wrong)
+    assert torch.equal(simplified(lambda x: (x.exp(),), torch.ones(2))(torch.ones(2))[0], torch.ones(2).exp())
+    with pytest.raises(Untraceable, match="does not give what it was made from"):
+        simplified(lambda x: (x.exp(), x.sin()), torch.ones(2))

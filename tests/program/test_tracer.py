@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bbvi_conv.program.graph_module import Kind
 from bbvi_conv.program.graphs import results
 from bbvi_conv.program.trace import Untraceable, to_graph
-from bbvi_conv.program.tracer import Kind
 
 TABLE = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
 
@@ -58,8 +58,8 @@ def test_a_derivative_is_noted_with_shapes_and_types() -> None:
     x = torch.tensor([0.3, -0.2])
     torch.testing.assert_close(graph(x), gradient(x), rtol=0, atol=0)
     kinds = [node.meta.get("tensor_meta") for node in graph.graph.nodes]
-    assert kinds[0] == Kind(torch.Size([2]), torch.float32)
-    assert Kind(torch.Size([3, 2]), torch.float32) in kinds
+    assert kinds[0] == Kind(torch.Size([2]), torch.float32, torch.device("cpu"))
+    assert Kind(torch.Size([3, 2]), torch.float32, torch.device("cpu")) in kinds
     assert [kind.shape for kind in results(graph)] == [torch.Size([]), torch.Size([2])]
 
 

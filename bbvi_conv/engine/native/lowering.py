@@ -33,7 +33,8 @@ from bbvi_conv.engine.native.inductor import (
 from bbvi_conv.engine.native.layout import Ordered, settled
 from bbvi_conv.engine.native.plan import CannotCompile, Copy, Instruction, Loop, Place, Plan, pack
 from bbvi_conv.engine.native.recording import Pending, Recorder, record
-from bbvi_conv.program.graphs import recompile, results, simplify
+from bbvi_conv.program.graph_module import WrittenLate
+from bbvi_conv.program.graphs import results, simplify
 from bbvi_conv.program.scan import BODIES
 
 SMALL = 2**14
@@ -213,10 +214,10 @@ class _Lowering:
 
         with self.mode:
             pure = make_fx(step, decomposition_table=_decompositions())(*everything)
-        pure = GraphModule(pure, fx_graph_cse(pure.graph))
+        pure = WrittenLate(pure, fx_graph_cse(pure.graph))
         pure.graph.eliminate_dead_code()
         joining.mark(pure)
-        recompile(pure)
+        pure.recompile()
         code = _lower(pure, everything, self.mode)
         self.recorder.code = []
         with self.mode:
@@ -233,7 +234,7 @@ class _Lowering:
             state = [torch.empty(c.shape, dtype=c.dtype) for c in scan.carry]
             slices = [torch.empty(x.shape[1:], dtype=x.dtype) for x in scan.xs]
             ys = [torch.empty(shape, dtype=dtype) for shape, dtype in body.results[body.carry :]]
-        graph = simplify(GraphModule(body.graph, copy.deepcopy(body.graph.graph)))
+        graph = simplify(WrittenLate(body.graph, copy.deepcopy(body.graph.graph)))
         inner = self.instructions(graph, [*state, *slices, *scan.fixed], body.carry, ys)
         last, kept, given = (
             scan.results[: body.carry],

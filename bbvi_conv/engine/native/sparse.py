@@ -20,7 +20,6 @@ from torch.fx.node import map_arg
 
 from bbvi_conv.engine.native.matrices import Matrix, Product, Step, part, turned, written
 from bbvi_conv.engine.native.plan import Call, Kernel, View
-from bbvi_conv.program.graphs import recompile
 
 if TYPE_CHECKING:  # which imports the compiler
     from bbvi_conv.engine.native.recording import Recorder
@@ -212,7 +211,7 @@ def mark(graph: GraphModule, data: Mapping[int, Tensor]) -> None:
             if any(sparse):
                 node.replace_all_uses_with(_product(graph, node, a, b, sparse[0], bias))
     graph.graph.eliminate_dead_code()
-    recompile(graph)
+    graph.recompile()
 
 
 def _is_pure(node: Node) -> bool:
