@@ -39,7 +39,6 @@ BACK = 8
 GAIN = 2
 """Times fewer operations that the result has to have."""
 
-
 _WITH_NUMBERS = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
 
 
@@ -94,12 +93,12 @@ def batched(graph: GraphModule, groups: Sequence[Group], vectorised: Callable[..
         def beside(nodes: Sequence[Node]) -> Tensor:
             """Values of many nodes, side by side."""
             parts = []
-            for source, run in itertools.groupby(nodes, lambda node: rows[node][0] if node in rows else None):
-                some = list(run)
-                parts.append(_rows(some) if source is None else _picked(made[source], [rows[n][1] for n in some]))
+            for source, following in itertools.groupby(nodes, lambda node: rows[node][0] if node in rows else None):
+                some = list(following)
+                parts.append(in_none(some) if source is None else _picked(made[source], [rows[n][1] for n in some]))
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        def _rows(nodes: Sequence[Node]) -> Tensor:
+        def in_none(nodes: Sequence[Node]) -> Tensor:
             found = [pieces.of(node) for node in nodes]
             sources = {part.source for part in found if part is not None}
             if len(sources) == 1 and None not in found:
@@ -209,7 +208,7 @@ def _sums(nodes: Sequence[Node]) -> dict[Node, tuple[tuple[Node, ...], tuple[Nod
         terms, between, pending = [], [], list(inputs(last))
         while pending:
             node = pending.pop()
-            if is_sum(node) and len(node.users) == 1 and inputs(last).count(node) < 2:
+            if is_sum(node) and len(node.users) == 1:
                 between.append(node)
                 pending += inputs(node)
             else:
@@ -233,11 +232,9 @@ def _signatures(nodes: Iterable[Node], free: set[Node]) -> dict[Node, Any]:
     """
     own: dict[Node, Any] = {}
     for node in nodes:
-        arguments = (
-            () if node.op != "call_function" or node in free else map_arg((node.args, node.kwargs), lambda _: None)
-        )
-        view = node.op if node.op != "call_function" or node in free else node.target
-        own[node] = hash((view, repr(arguments), repr(node.meta.get("tensor_meta"))))
+        runs = node.op == "call_function" and node not in free
+        what = (node.target, map_arg((node.args, node.kwargs), lambda _: None)) if runs else node.op
+        own[node] = hash((repr(what), repr(node.meta.get("tensor_meta"))))
     found = own
     for _ in range(BACK):
         found = {node: hash((own[node], *(found[source] for source in inputs(node)))) for node in own}

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -60,7 +60,10 @@ SMALL = 1000
 
 @dataclass
 class _Pass:
-    """What one eager pass leaves behind."""
+    """What one eager pass leaves behind.
+
+    ``used``: trainable tensors of modules, by identity, that the guide uses, and those that the model uses.
+    """
 
     guide: Callable[..., Any]
     enumerated: Enumerated | None
@@ -70,6 +73,7 @@ class _Pass:
     guide_used: NoiseLayout
     store: dict[str, Any]
     modules: list[CalledModule]
+    used: tuple[Collection[int], Collection[int]]
 
 
 def build(
@@ -120,27 +124,40 @@ def build(
     for attempt in attempts:
         try:
             program = _build(model, guide, args, kwargs, family, minibatch, attempt, device, seed, loop)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
+            if attempt is not attempts[-1] and _is_about_types(error):
+                continue
+            if isinstance(error, RuntimeError):
+                explained = _explained(error, attempt)
+                if explained is error:
+                    raise
+                raise explained from error
             if site := re.search(r"discrete sample site '([^']*)'", str(error)):  # said by an AutoGuide
                 raise ValueError(discrete_latent(site.group(1), made=guide is not None)) from error
-            error.args = (str(error).split("\nTrace Shapes:")[0],)  # which Pyro adds to whatever a model raises
+            error.args = (re.split(r"\n *Trace Shapes:", str(error))[0],)  # which Pyro adds to what a model raises
             raise
-        except TapeEnds as error:
-            raise ValueError(str(error)) from error
-        except RuntimeError as error:
-            if "dtype" not in str(error):
-                raise
-            if attempt is not attempts[-1]:
-                continue
-            name = str(attempt).removeprefix("torch.")
-            raise ValueError(
-                f"the model does not run in {name} ({str(error).splitlines()[0]}): tensors and networks made outside "
-                "of it keep their own dtype; cast them, make them inside the model, or choose another dtype"
-            ) from error
         if dtype is None and attempt is torch.float64 and not _is_small(program):
             program = _build(model, guide, args, kwargs, family, minibatch, torch.float32, device, seed, loop)
         return program
     raise AssertionError("unreachable")
+
+
+def _is_about_types(error: Exception) -> bool:
+    """Whether torch says that numbers of two types met: a tensor of the script's, float32, and a float64 of ours."""
+    return bool(re.search(r"dtype|\b(float|double)\b|expected scalar type", str(error), re.IGNORECASE))
+
+
+def _explained(error: RuntimeError, dtype: torch.dtype) -> Exception:
+    """What to raise for an error of torch's in the model or guide."""
+    if isinstance(error, TapeEnds):
+        return ValueError(str(error))
+    if not _is_about_types(error):
+        return error
+    name = str(dtype).removeprefix("torch.")
+    return ValueError(
+        f"the model does not run in {name} ({str(error).splitlines()[0]}): tensors and networks made outside of it "
+        "keep their own dtype; cast them, make them inside the model, or choose another dtype"
+    )
 
 
 def _check_call(what: str, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -200,9 +217,9 @@ def _build(
             return _eager_pass(model, made, args, kwargs, minibatch, rows, dtype, device, seed, store)
 
     fed = _fed(attempt, args, minibatch, loop, device)
-    own_rows = _own_rows(fed.eager, minibatch)
+    own_rows = _own_rows((fed.eager.guide_trace, fed.eager.model_trace), minibatch)
     if own_rows and not loop:
-        plate, fn = own_rows[0], _plate(fed.eager, own_rows[0])
+        plate, fn = next(iter(own_rows.items()))
         raise ValueError(
             f"plate {plate!r} subsamples {fn.subsample_size} of {fn.size} rows; "
             f'pass minibatch=Minibatch({fn.subsample_size}, plate="{plate}")'
@@ -258,7 +275,7 @@ def _program(
     minibatch: Minibatch | None,
     dtype: torch.dtype,
     device: torch.device,
-    own_rows: list[str],
+    own_rows: Iterable[str],
 ) -> Program:
     """The program that a pass tells of."""
     eager, used = fed.eager, fed.eager.tape.used
@@ -283,7 +300,7 @@ def _program(
         untaped=bool(eager.tape.untaped),
         implicit=eager.tape.implicit or _implicit(eager.guide_trace),
         modules=[called.module for called in eager.modules],
-        own_rows=own_rows,
+        own_rows=list(own_rows),
         component_slots=slice(seeding, seeding + eager.guide_used.uniform),
     )
     if not program.leaves and not program.structure.latents:
@@ -359,7 +376,8 @@ def _eager_pass(
         summed = enumerated(model, plain, {s["name"] for s in random_sites(drawn)})
         tape = stack.enter_context(taped(Tape(None, {})))
         drawn = guide_trace(guide, args, kwargs)
-        guide_used = tape.used
+        guide_used, in_guide = tape.used, tape.strangers
+        tape.strangers = {}
         try:
             model_trace = run_model(drawn, summed or model)
             model_trace.compute_log_prob()
@@ -369,9 +387,12 @@ def _eager_pass(
             raise summed.refused(error) from error
         check_guide(drawn, model_trace)
         drawn.compute_log_prob()
-        if summed is not None and tape.used == guide_used:  # noise of the model's own would be another every time
+        # noise and rows of the model's own would be others every time
+        if summed is not None and tape.used == guide_used and not _own_rows([model_trace], minibatch):
             check_enumerated(model_trace, plain, lambda z: run_model(drawn, poutine.condition(model, data=z)))
-    return _Pass(guide, summed, drawn, model_trace, tape, guide_used, store, modules)
+    in_model = tape.strangers
+    tape.strangers = in_guide | in_model
+    return _Pass(guide, summed, drawn, model_trace, tape, guide_used, store, modules, (set(in_guide), set(in_model)))
 
 
 def _check_size(
@@ -481,17 +502,18 @@ def _with_minibatch(
 def _plate(eager: _Pass, name: str) -> Any:
     traces = (eager.guide_trace, eager.model_trace)
     plates = {n: s["fn"] for trace in traces for n, s in trace.nodes.items() if is_plate(s)}
-    if name not in plates:
-        raise ValueError(f"the model has no plate {name!r} to subsample; its plates are {sorted(plates) or 'none'}")
-    return plates[name]
+    if name in plates:
+        return plates[name]
+    if any(f.name == name for trace in traces for s in random_sites(trace) for f in s["cond_indep_stack"]):
+        raise ValueError(f'plate {name!r} has no size: write pyro.plate("{name}", len(x)) over the gathered rows')
+    raise ValueError(f"the model has no plate {name!r} to subsample; its plates are {sorted(plates) or 'none'}")
 
 
-def _own_rows(eager: _Pass, minibatch: Minibatch | None) -> list[str]:
-    """Plates that the model or guide subsamples by itself."""
-    traces = (eager.guide_trace, eager.model_trace)
-    plates = {name: site["fn"] for trace in traces for name, site in trace.nodes.items() if is_plate(site)}
+def _own_rows(traces: Sequence[Trace], minibatch: Minibatch | None) -> dict[str, Any]:
+    """Plates that the model or guide subsamples by itself, one of them if need be while it is whole in the other."""
+    plates = [(name, site["fn"]) for trace in traces for name, site in trace.nodes.items() if is_plate(site)]
     named = None if minibatch is None else minibatch.plate
-    return [n for n, fn in plates.items() if fn.subsample_size not in (None, fn.size) and n != named]
+    return {n: fn for n, fn in plates if fn.subsample_size not in (None, fn.size) and n != named}
 
 
 def _check_local_latents(eager: _Pass, minibatch: Minibatch, by_index: bool) -> None:
@@ -532,7 +554,10 @@ def _check_strata(program: Program, eager: _Pass) -> None:
 
 
 def _leaves(eager: _Pass) -> list[Leaf]:
-    """Unconstrained tensors of the store, grouped by the traces that read them; one leaf where names share a tensor."""
+    """Unconstrained tensors of the store, one leaf where names share one; grouped by who reads them.
+
+    Those of a module may be used where it is not registered, and not where it is.
+    """
 
     def read(trace: Trace) -> set[str]:
         return {name for name, site in trace.nodes.items() if site["type"] == "param"}
@@ -545,7 +570,8 @@ def _leaves(eager: _Pass) -> list[Leaf]:
             names.setdefault(id(tensor), []).append(name)
     leaves = []
     for same in names.values():
-        guided, modelled = in_guide.intersection(same), in_model.intersection(same)
+        used = [id(params[same[0]]) in some for some in eager.used]
+        guided, modelled = used if any(used) else (in_guide.intersection(same), in_model.intersection(same))
         group: Group = "shared" if guided and modelled else "phi" if guided else "theta"
         leaves.append(Leaf(same[0], params[same[0]], constraints[same[0]], group))
     return leaves

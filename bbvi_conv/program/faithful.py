@@ -27,8 +27,9 @@ def differing(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[int]:
     largest = max((float(x.nan_to_num().abs().max()) for x in right[1:] if x.numel()), default=0.0)
 
     def differ(index: int) -> bool:
-        a, b = found[index], right[index]
-        tolerance = 1e-3 if a.dtype is torch.float32 else 1e-6
+        a, b = found[index], right[index]  # of a parameter of another type Pyro's own gradient is of that type
+        single = torch.float32 in (a.dtype, b.dtype)
+        a, b, tolerance = (a.float(), b.float(), 1e-3) if single else (a, b, 1e-6)
         return not torch.allclose(a, b, rtol=tolerance, atol=tolerance * (largest if index else 1.0), equal_nan=True)
 
     return [index for index in range(len(right)) if differ(index)]

@@ -47,8 +47,18 @@ class SafeLog:
         return torch.where(x > least, x.clamp(min=least).log(), below)
 
 
+def _lstm(*args: Any) -> Any:
+    """By plain operations: oneDNN's layer, which a graph would hold, has no gradient there."""
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        return torch.lstm(*args)
+
+
 FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.binary_cross_entropy_with_logits: _cross_entropy,
+    torch.lstm: _lstm,
     Tensor.__getitem__: _entry,
+    Tensor.__ior__: Tensor.bitwise_or_,
+    Tensor.__iand__: Tensor.bitwise_and_,
+    Tensor.__ixor__: Tensor.bitwise_xor_,
 }
 """Function of torch -> its form, which answers ``NotImplemented`` to options it does not serve."""

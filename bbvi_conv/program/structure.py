@@ -69,7 +69,9 @@ class Structure:
         """The unit in words, as shown to the user."""
         if not self.unit:
             return "one unit: the joint bound of all latent sites"
-        return f"{math.prod(self.unit_shape)} units: one per index of plate {' x '.join(self.unit)}"
+        sized = min(self.unit_shape) >= 0  # a plate may be written without a size
+        units = f"{math.prod(self.unit_shape)} units: one" if sized else "one unit"
+        return f"{units} per index of plate {' x '.join(self.unit)}"
 
 
 def is_plate(site: dict[str, Any]) -> bool:

@@ -20,6 +20,7 @@ import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor, nn
 from torch._C._functorch import TransformType, _wrap_functional_tensor, is_functionaltensor, peek_interpreter_stack
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -28,6 +29,8 @@ from bbvi_conv.program.noise import Noise, NoiseLayout
 
 _ABOUT_THE_LEAF = (Tensor.requires_grad.__get__, Tensor.is_leaf.__get__)  # type: ignore[attr-defined]
 """Questions that are about the leaf itself, not about the value that stands in for it."""
+
+_RECURRENT = ("rnn_relu", "rnn_tanh", "gru", "lstm")
 
 GAMMA_ROUNDS = 8
 """Marsaglia-Tsang proposals per gamma draw: each is accepted with probability above 0.95, so all fail below 4e-11."""
@@ -40,6 +43,15 @@ def is_random(name: str) -> bool:
     if packet is None or name.startswith("__") or not hasattr(packet, "overloads"):
         return False
     return any(torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def _is_random(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a call draws: recurrent layers, tagged as random, do only where something is dropped in training."""
+    if name not in _RECURRENT:
+        return is_random(name)
+    rate = next(i for i, a in enumerate(args) if isinstance(a, float))
+    training: bool = args[rate + 1]
+    return training and args[rate] > 0.0
 
 
 class TapeEnds(RuntimeError):
@@ -67,7 +79,8 @@ class Tape(TorchFunctionMode):
     Attributes:
         untaped: random operations met that no slice of the tape can serve.
         implicit: whether a draw had an implicit gradient, whose own derivative is not to be had (no Hessian).
-        strangers: trainable module parameters met that are not among ``values``: they stay constant.
+        strangers: trainable module parameters that something is computed from and that are not among ``values``: they
+            stay constant.
     """
 
     def __init__(
@@ -79,6 +92,7 @@ class Tape(TorchFunctionMode):
         self.untaped: set[str] = set()
         self.implicit = False
         self.strangers: dict[int, Tensor] = {}
+        self._met: dict[int, Tensor] = {}
 
     @property
     def used(self) -> NoiseLayout:
@@ -107,7 +121,7 @@ class Tape(TorchFunctionMode):
             if other is not None:
                 return other
             if x.requires_grad and x.is_leaf and isinstance(x, nn.Parameter):
-                self.strangers[id(x)] = x
+                self._met[id(x)] = x
             return x
         if type(x) in (list, tuple):
             return type(x)(self._swap(y) for y in x)
@@ -118,10 +132,11 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         if func in _ABOUT_THE_LEAF:
             return func(*args)
+        self._met = {}
         args = tuple(self._swap(x) for x in args)
         kwargs = {k: self._swap(v) for k, v in kwargs.items()} if kwargs else {}
-        name = getattr(func, "__name__", "")
-        if self.serve and is_random(name):
+        name, met = getattr(func, "__name__", ""), self._met
+        if self.serve and _is_random(name, args):
             rule = _RULES.get(name)
             if rule is not None:
                 return rule(self, *args, **kwargs)
@@ -130,13 +145,20 @@ class Tape(TorchFunctionMode):
         out = NotImplemented if form is None else form(*args, **kwargs)
         if out is NotImplemented:
             out = func(*args, **kwargs)
+        if name != "__get__" or isinstance(out, Tensor):  # not a question about the leaf, such as its shape
+            self.strangers.update(met)
         if self.mark_no_grad and not torch.is_grad_enabled() and not name.endswith("_"):
-            out = tree_map(lambda x: x.detach() if isinstance(x, Tensor) and x.is_floating_point() else x, out)
+            out = _each(lambda x: x.detach() if isinstance(x, Tensor) and x.is_floating_point() else x, out)
         if self.mark_no_grad:
-            out = tree_map(functools.partial(_functional, given=(*args, *kwargs.values())), out)
+            out = _each(functools.partial(_functional, given=(*args, *kwargs.values())), out)
         if self.mark_no_grad and func is Tensor.detach:
             return out.clone()  # torch's gamma clamps a detached alias in place: functionalised, it cuts the gradient
         return out
+
+
+def _each(function: Callable[[Any], Any], made: Any) -> Any:
+    """``function`` of a tensor, or of every one that is held."""
+    return tree_map(function, made) if isinstance(made, (tuple, list, dict)) else function(made)
 
 
 def _functional(made: Any, given: tuple[Any, ...]) -> Any:
@@ -161,8 +183,13 @@ def _functional(made: Any, given: tuple[Any, ...]) -> Any:
 
 @contextmanager
 def taped(tape: Tape) -> Iterator[Tape]:
-    """Run under ``tape``, for the time being without two autograd functions: torch's of Dirichlet draws, Pyro's log."""
+    """Run under ``tape``.
+
+    For the time being without two autograd functions, torch's of Dirichlet draws and Pyro's log, and with attention
+    made of products and a softmax, which have second derivatives.
+    """
     with (
+        sdpa_kernel(SDPBackend.MATH),
         mock.patch.object(torch.distributions.dirichlet, "_Dirichlet", _TapedDirichlet),
         mock.patch.object(pyro.ops.special, "_SafeLog", SafeLog),
         tape,

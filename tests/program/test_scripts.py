@@ -1,0 +1,266 @@
+"""Models as Pyro's users write them in scripts: tensors and networks of their own, registered where it suits them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
+from torch import Tensor, nn
+
+from bbvi_conv.engine import Calculus
+from bbvi_conv.engine.streams import Stream
+from bbvi_conv.families import MeanField
+from bbvi_conv.objectives import ELBO
+from bbvi_conv.program import Program
+from bbvi_conv.program.build import build
+from bbvi_conv.program.minibatch import Minibatch
+from bbvi_conv.program.trace import TracedLogWeights
+
+Y = torch.tensor([1.0, 0.0, 1.0, 1.0])
+START, PRIOR, EYE = torch.tensor([2.0, 3.0]), torch.tensor(0.5), torch.eye(3)
+
+
+def coin(y: Tensor) -> None:
+    p = pyro.sample("p", dist.Beta(1.0, 1.0))
+    with pyro.plate("d", len(y)):
+        pyro.sample("y", dist.Bernoulli(p), obs=y)
+
+
+def started(y: Tensor) -> None:
+    a = pyro.param("a", START, constraint=constraints.positive)
+    pyro.sample("p", dist.Beta(a[0], a[1]))
+
+
+def with_prior(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Gamma(PRIOR, PRIOR).expand([3]).to_event(1))
+    with pyro.plate("d", len(y)):
+        pyro.sample("y", dist.Poisson(z.sum()), obs=y)
+
+
+class Sampled(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = PyroSample(dist.Normal(0.0, 1.0))
+
+    def forward(self, y: Tensor) -> None:
+        loc = self.loc
+        with pyro.plate("d", len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+def product(y: Tensor) -> None:
+    p = pyro.param("p", lambda: torch.ones(3))
+    with pyro.plate("d", len(y)):
+        pyro.sample("y", dist.Normal((EYE @ p).sum(), 1.0), obs=y)
+
+
+def nothing(y: Tensor) -> None:
+    pass
+
+
+def used_before() -> AutoNormal:
+    guide = AutoNormal(coin)
+    guide(Y)
+    return guide
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "dtype"),
+    [
+        (coin, lambda: started, torch.float64),
+        (coin, used_before, torch.float64),
+        (with_prior, lambda: None, torch.float64),
+        (Sampled(), lambda: None, torch.float64),
+        (product, lambda: nothing, torch.float32),  # which no product takes in two types
+    ],
+    ids=["parameter", "guide", "prior", "PyroSample", "constant"],
+)
+def test_tensors_of_single_precision_made_outside(
+    model: Any, guide: Callable[[], Any], dtype: torch.dtype, agree: Callable[[Program], None]
+) -> None:
+    made = guide()
+    program = build(model, made, (Y,), family=None if made else MeanField())
+    assert program.dtype is dtype
+    agree(program)
+
+
+@pytest.fixture
+def agree() -> Callable[[Program], None]:
+    """The traced program has the loss and the gradient of its run by Pyro's handlers."""
+
+    def check(program: Program) -> None:
+        feed, x = Stream(program, 0, "test", 1).once(0, 3), program.initial()
+        ours, right = (Calculus(program, ELBO(1), w, 1.0) for w in (TracedLogWeights(program), program.log_weights))
+        (grads, losses), (expected, bounds) = ours.gradients(x, feed), right.gradients(x, feed)
+        close = {"rtol": 1e-9, "atol": 1e-9} if program.dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(losses, bounds, **close)
+        torch.testing.assert_close(grads, expected, **close)
+        assert bool((expected != 0).any())
+
+    return check
+
+
+class Autoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(2, 4)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("vae", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, torch.ones(2)).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    def registered(self, x: Tensor) -> None:
+        pyro.module("vae", self)
+        self.guide(x)
+
+
+@pytest.mark.parametrize("where", ["model", "both", "guide"])
+def test_a_network_counts_where_it_is_used_wherever_it_is_registered(where: str, agree: Any) -> None:
+    vae, x = Autoencoder().double(), torch.randn(6, 4, dtype=torch.float64)
+
+    def unregistered(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, torch.ones(2)).to_event(1))
+            pyro.sample("x", dist.Normal(vae.decoder(z), 1.0).to_event(1), obs=x)
+
+    model = unregistered if where == "guide" else vae.model
+    guide = vae.guide if where == "model" else vae.registered
+    program = build(model, guide, (x,), dtype=torch.float64)
+    groups = {leaf.name.split("$$$")[1].split(".")[0]: leaf.group for leaf in program.leaves}
+    assert groups == {"encoder": "phi", "decoder": "theta"}
+    agree(program)
+
+
+@pytest.mark.parametrize("operation", ["__ior__", "__iand__", "__ixor__"])
+def test_masks_are_changed_in_place(operation: str, agree: Callable[[Program], None]) -> None:
+    def model(y: Tensor) -> None:
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        seen = torch.tensor([True, True, False, False])
+        seen = getattr(seen, operation)(y.bool())
+        with pyro.plate("d", len(y)), pyro.poutine.mask(mask=seen):
+            pyro.sample("y", dist.Bernoulli(p), obs=y)
+
+    agree(build(model, None, (Y,), family=MeanField()))
+
+
+NETWORKS = [
+    nn.RNN(2, 3, nonlinearity="relu", batch_first=True),
+    nn.GRU(2, 3, batch_first=True),
+    nn.LSTM(2, 3, batch_first=True),
+    nn.TransformerEncoderLayer(2, 1, 4, dropout=0.0, batch_first=True),
+]
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: type(network).__name__)
+def test_recurrent_layers_and_attention_without_dropout_are_no_noise(
+    network: nn.Module, agree: Callable[[Program], None]
+) -> None:
+    def model(x: Tensor) -> None:
+        pyro.module("network", network)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        made = network(x)
+        made = made[0] if isinstance(made, tuple) else made
+        with pyro.plate("d", len(x)):
+            pyro.sample("y", dist.Normal(z + (made * made).sum((-1, -2)), 1.0), obs=x[:, 0, 0])
+
+    program = build(model, None, (torch.randn(6, 5, 2),), family=MeanField(), dtype=torch.float32)
+    agree(program)
+    feed, x = Stream(program, 0, "test", 1).once(0, 2), program.initial()
+    calculus = Calculus(program, ELBO(1), TracedLogWeights(program), 1.0)
+    products = calculus.hessian_products(x, torch.eye(len(x))[:2], feed)
+    assert bool(products.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_recurrent_cells_change_what_they_made_in_place(kind: Any, agree: Callable[[Program], None]) -> None:
+    cell = kind(2, 3).double()
+
+    def model(x: Tensor) -> None:
+        pyro.module("cell", cell)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        state: Any = None
+        for t in range(5):
+            state = cell(x[:, t], state)
+        last = state[0] if isinstance(state, tuple) else state
+        with pyro.plate("d", len(x)):
+            pyro.sample("y", dist.Normal(z + (last * last).sum(-1), 1.0), obs=x[:, 0, 0])
+
+    agree(build(model, None, (torch.randn(6, 5, 2, dtype=torch.float64),), family=MeanField()))
+
+
+def test_dropout_between_recurrent_layers_is_noise() -> None:
+    network = nn.GRU(2, 3, num_layers=2, dropout=0.5)
+
+    def model(x: Tensor) -> None:
+        pyro.module("network", network)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z + network(x)[0].sum(), 1.0), obs=x.sum())
+
+    program = build(model, None, (torch.randn(5, 6, 2),), family=MeanField(), dtype=torch.float32)
+    assert list(program.obstacles) == ["random operation 'gru' is not on the noise tape"]
+
+
+def rows_of_its_own(y: Tensor) -> None:
+    probs = pyro.sample("probs", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("c", 3):
+        loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+    with pyro.plate("d", len(y), 2) as rows:
+        z = pyro.sample("z", dist.Categorical(probs))
+        pyro.sample("y", dist.Normal(loc[z], 1.0), obs=y[rows])
+
+
+def all_rows(y: Tensor) -> None:
+    with pyro.plate("d", 4) as rows:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[rows])
+
+
+def some_rows(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.zeros(4))
+    with pyro.plate("d", 4, 2) as rows:
+        pyro.sample("z", dist.Normal(loc[rows], 1.0))
+
+
+@pytest.mark.parametrize(("model", "guide"), [(rows_of_its_own, None), (all_rows, some_rows)])
+def test_a_plate_that_subsamples_by_itself_is_named(model: Any, guide: Any) -> None:
+    with pytest.raises(ValueError, match=r'plate .d. subsamples 2 of 4 rows; pass minibatch=Minibatch\(2, plate="d"\)'):
+        build(model, guide, (Y,), family=None if guide else MeanField())
+
+
+def test_a_plate_without_a_size() -> None:
+    def model(y: Tensor) -> None:
+        with pyro.plate("d"):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y: Tensor) -> None:
+        with pyro.plate("d"):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)) * y, 1.0))
+
+    assert build(model, guide, (Y,)).structure.describe() == "one unit per index of plate d"
+    with pytest.raises(ValueError, match=r"plate 'd' has no size: write pyro.plate\(\"d\", len\(x\)\)"):
+        build(model, guide, (Y,), minibatch=Minibatch(2, plate="d"))
+
+
+def test_what_pyro_adds_to_errors_is_left_out() -> None:
+    def model(y: Tensor) -> None:
+        pyro.sample("a_site_with_a_long_name", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(torch.tensor(-1.0).log(), 1.0))
+
+    with pytest.raises(ValueError, match="Expected parameter loc") as caught:
+        build(model, None, (Y,), family=MeanField())
+    assert "Trace Shapes" not in str(caught.value)
