@@ -16,12 +16,12 @@ from bbvi_conv.engine.compiled_map import CompiledMap, compiled_where_it_pays, f
 from bbvi_conv.engine.streams import Feed, Stream
 from bbvi_conv.objectives.objective import Objective
 from bbvi_conv.program.buffers import buffers_kept
-from bbvi_conv.program.graphs import simplify, widest
+from bbvi_conv.program.graphs import widest
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.terms import Terms
-from bbvi_conv.program.trace import LogWeights, TracedLogWeights, Untraceable, over_draws, simplified, to_graph
+from bbvi_conv.program.trace import LogWeights, TracedLogWeights, Untraceable, over_draws, simplified
 
 CHUNK = 20_000_000
 """Numbers a vectorised evaluation may hold per parameter-sized array."""
@@ -217,7 +217,7 @@ class Calculus:
         """``function`` as a graph for such inputs, traced when first asked for."""
         key = (*key, *(t.shape for t in inputs))
         if key not in self._graphs:
-            self._graphs[key] = simplify(to_graph(function, *inputs, functional=False))
+            self._graphs[key] = simplified(function, *inputs)
         return self._graphs[key]
 
     def gradients(self, x: Tensor, feed: Feed, *, step: float = math.inf) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ from torch.fx import GraphModule
 
 from bbvi_conv.engine.native import CannotCompile, NativeLoop, NoCompiler
 from bbvi_conv.engine.workers import Workers
-from bbvi_conv.program.graphs import CONVOLUTIONS, reordered, simplify, widths
-from bbvi_conv.program.trace import Untraceable, over_draws, to_graph
+from bbvi_conv.program.graphs import CONVOLUTIONS, reordered, widths
+from bbvi_conv.program.trace import Untraceable, over_draws, simplified
 
 REPAYS = 5_000_000_000
 """Numbers that all evaluations together compute, from which convolutions are compiled. Each costs 0.4 ns less on two
@@ -35,7 +35,7 @@ class CompiledMap:
         self.mapped, self.lanes = tuple(mapped), lanes
         if lanes > 1:
             example = [torch.stack([t] * lanes) if m else t for t, m in zip(example, mapped, strict=True)]
-            graph = simplify(to_graph(over_draws(graph, mapped, vectorise=True), *example, functional=False))
+            graph = simplified(over_draws(graph, mapped, vectorise=True), *example)
         moving = sum(mapped)
         order = sorted(range(len(mapped)), key=self.mapped.__getitem__)
         held = len(mapped) - moving

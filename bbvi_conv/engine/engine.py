@@ -18,7 +18,7 @@ from bbvi_conv.program.graph_module import WrittenLate
 from bbvi_conv.program.graphs import has_products, round_products, simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
-from bbvi_conv.program.trace import Untraceable, over_draws, simplified, to_graph
+from bbvi_conv.program.trace import Untraceable, over_draws, simplified
 
 
 class Carry(NamedTuple):
@@ -282,10 +282,10 @@ def _of_seeds(one: StepGraph, count: int) -> StepGraph:
     example = [torch.stack([part] * count) for part in one.example]
     mapped = [True] * len(example)
     try:
-        graph, vectorised = to_graph(over_draws(one.graph, mapped, vectorise=True), *example, functional=False), True
+        graph, vectorised = simplified(over_draws(one.graph, mapped, vectorise=True), *example), True
     except Untraceable:
-        graph, vectorised = to_graph(over_draws(one.graph, mapped, vectorise=False), *example, functional=False), False
-    return StepGraph(simplify(graph), example, vectorised)
+        graph, vectorised = simplified(over_draws(one.graph, mapped, vectorise=False), *example), False
+    return StepGraph(graph, example, vectorised)
 
 
 def _loop(

@@ -386,11 +386,12 @@ def _eager_pass(
                 raise
             raise summed.refused(error) from error
         check_guide(drawn, model_trace)
+        in_model, tape.strangers = tape.strangers, in_guide
         drawn.compute_log_prob()
+        in_guide = dict(tape.strangers)
         # noise and rows of the model's own would be others every time
         if summed is not None and tape.used == guide_used and not _own_rows([model_trace], minibatch):
             check_enumerated(model_trace, plain, lambda z: run_model(drawn, poutine.condition(model, data=z)))
-    in_model = tape.strangers
     tape.strangers = in_guide | in_model
     return _Pass(guide, summed, drawn, model_trace, tape, guide_used, store, modules, (set(in_guide), set(in_model)))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bbvi_conv.engine import Calculus
 from bbvi_conv.engine.streams import Stream
 from bbvi_conv.families import MeanField
+from bbvi_conv.families.scale_maps import Linear
 from bbvi_conv.objectives import ELBO
 from bbvi_conv.program import Program
 from bbvi_conv.program.build import build
@@ -143,6 +144,23 @@ def test_a_network_counts_where_it_is_used_wherever_it_is_registered(where: str,
     groups = {leaf.name.split("$$$")[1].split(".")[0]: leaf.group for leaf in program.leaves}
     assert groups == {"encoder": "phi", "decoder": "theta"}
     agree(program)
+
+
+def test_what_only_the_density_of_the_guide_uses_is_the_guides() -> None:
+    class Guide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+        def forward(self, y: Tensor) -> None:
+            pyro.module("guide", self)
+            with pyro.poutine.block():
+                eps = pyro.sample("eps", dist.Normal(0.0, 1.0))
+            pyro.sample("p", dist.Delta(eps.sigmoid(), log_density=-self.log_scale * eps**2))
+
+    program = build(coin, Guide(), (Y,))
+    assert [(leaf.name, leaf.group) for leaf in program.leaves] == [("guide$$$log_scale", "phi")]
+    assert all(leaf.group == "phi" for leaf in build(coin, None, (Y,), family=MeanField(0.3, Linear())).leaves)
 
 
 @pytest.mark.parametrize("operation", ["__ior__", "__iand__", "__ixor__"])
