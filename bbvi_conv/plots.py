@@ -405,7 +405,7 @@ def _step_ticks(axis: Axes, steps: Sequence[int]) -> None:
 def _few_ticks(*axes: Axes) -> None:
     """On logarithmic axes one tick a decade, or where few decades are shown three, all with labels.
 
-    The others that matplotlib sets, most without a label, are two thirds of the time that a figure takes.
+    The others that matplotlib sets, most without a label, are half of the time that the figures of a fit take.
     """
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 

@@ -95,7 +95,9 @@ def batched(graph: GraphModule, groups: Sequence[Group], vectorised: Callable[..
             parts = []
             for source, following in itertools.groupby(nodes, lambda node: rows[node][0] if node in rows else None):
                 some = list(following)
-                parts.append(in_none(some) if source is None else _picked(made[source], [rows[n][1] for n in some]))
+                parts.append(
+                    in_none(some) if source is None else taken(made[source], torch.tensor([rows[n][1] for n in some]))
+                )
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         def in_none(nodes: Sequence[Node]) -> Tensor:
@@ -140,16 +142,6 @@ def _call(node: Node, given: Sequence[Tensor]) -> Tensor:
     return made
 
 
-def _picked(made: Tensor, places: Sequence[int]) -> Tensor:
-    """Rows of a tensor."""
-    if list(places) == list(range(len(made))):
-        return made
-    step = places[1] - places[0] if len(places) > 1 else 1
-    if step > 0 and all(b - a == step for a, b in itertools.pairwise(places)):
-        return made[places[0] : places[-1] + 1 : step]
-    return made[torch.tensor(places, device=made.device)]
-
-
 def _total(
     terms: Sequence[Node], rows: dict[Node, tuple[int, int]], made: list[Tensor], value: Callable[[Node], Tensor]
 ) -> Tensor:
@@ -158,7 +150,7 @@ def _total(
     for node in terms:
         if node in rows:
             places[rows[node][0]].append(rows[node][1])
-    parts = [_picked(made[group], sorted(some)).sum(0) for group, some in places.items()]
+    parts = [taken(made[group], torch.tensor(sorted(some))).sum(0) for group, some in places.items()]
     parts += [value(node) for node in terms if node not in rows]
     total = parts[0]
     for part in parts[1:]:

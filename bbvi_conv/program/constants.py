@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -32,12 +33,14 @@ _PARTS = (_aten.unsafe_split.Tensor, _aten.unsafe_split_with_sizes.default)
 _BY_STRIDES = (_aten.as_strided.default, _aten.as_strided_copy.default)
 
 
-def fold(graph: GraphModule) -> None:
+def fold(graph: GraphModule, unsteady: Collection[Node]) -> None:
     """Keep the results of operations on constants as constants of the graph; changes ``graph``.
+
+    What is ``unsteady``, as :func:`overwritten` tells, is no constant.
 
     Along dimensions in which a result repeats itself it is kept once, unless something reads it by its strides.
     """
-    fixed = _fixed(graph)
+    fixed = _fixed(graph, unsteady)
     by_strides = any(node.target in _BY_STRIDES for node in graph.graph.nodes)
     kept: list[Node] = []
     read: set[Node] = set()  # by what changes, if need be through views
@@ -59,10 +62,9 @@ def fold(graph: GraphModule) -> None:
         _replace(graph, node, value if by_strides else _once(value))
 
 
-def _fixed(graph: GraphModule) -> set[Node]:
+def _fixed(graph: GraphModule, unsteady: Collection[Node]) -> set[Node]:
     """Nodes whose values are the same in every run."""
     fixed: set[Node] = set()
-    unsteady = written(graph)
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             known = isinstance(getattr(graph, str(node.target), None), Tensor)
@@ -73,7 +75,7 @@ def _fixed(graph: GraphModule) -> set[Node]:
     return fixed
 
 
-def written(graph: GraphModule) -> set[Node]:
+def overwritten(graph: GraphModule) -> set[Node]:
     """Nodes in whose memory something is written at some time, by whatever view of it."""
     owner: dict[Node, Node] = {}
     for node in graph.graph.nodes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from bbvi_conv.program.constants import changes, fold, is_fresh, written
+from bbvi_conv.program.constants import changes, fold, is_fresh, overwritten
 from bbvi_conv.program.graph_module import WrittenLate
 from bbvi_conv.program.lookups import without_lookup
 from bbvi_conv.program.pieces import Pieces, joined
@@ -152,10 +152,9 @@ def simplify(graph: GraphModule, *, differentiable: bool = False) -> GraphModule
     for node in graph.graph.nodes:
         if node.target in _VIEWS:  # of what may no longer be one block of memory
             node.target = _aten.reshape.default
-    for node in graph.graph.nodes:
         _give_anew(node)
-    fold(graph)
-    unsteady, pieces = written(graph), Pieces()
+    unsteady, pieces = overwritten(graph), Pieces()
+    fold(graph, unsteady)
     seen: dict[Any, Node] = {}
     symmetric: set[Node] = set()
     for node in list(graph.graph.nodes):

@@ -76,7 +76,10 @@ class Step(NamedTuple):
 
 
 def steps(size: int, places: Tensor) -> list[Step]:
-    """What takes entries of a vector of that size, in the shape of their ``places``: slices where they can do it."""
+    """What takes entries of a vector of that size, in the shape of their ``places``: slices where they can do it.
+
+    With places in one dimension the same takes rows of a tensor of so many.
+    """
     index = places.reshape(-1)
     first, count = int(index[0]), len(index)
     step = int(index[1]) - first if count > 1 else 1
@@ -91,7 +94,7 @@ def steps(size: int, places: Tensor) -> list[Step]:
 
 
 def taken(flat: Tensor, places: Tensor) -> Tensor:
-    """Entries of a vector, in the shape of their ``places``."""
+    """Entries of a vector, in the shape of their ``places``; or rows of a tensor, whose places have one dimension."""
     device = flat.device
     for step in steps(len(flat), places):
         more = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, step.more)

@@ -49,9 +49,8 @@ def _is_random(name: str, args: tuple[Any, ...]) -> bool:
     """Whether a call draws: recurrent layers, tagged as random, do only where something is dropped in training."""
     if name not in _RECURRENT:
         return is_random(name)
-    rate = next(i for i, a in enumerate(args) if isinstance(a, float))
-    training: bool = args[rate + 1]
-    return training and args[rate] > 0.0
+    rate = next((i for i, a in enumerate(args) if isinstance(a, float)), None)  # training is said after it
+    return rate is None or bool(args[rate] > 0.0 and args[rate + 1])
 
 
 class TapeEnds(RuntimeError):
@@ -92,7 +91,6 @@ class Tape(TorchFunctionMode):
         self.untaped: set[str] = set()
         self.implicit = False
         self.strangers: dict[int, Tensor] = {}
-        self._met: dict[int, Tensor] = {}
 
     @property
     def used(self) -> NoiseLayout:
@@ -115,16 +113,17 @@ class Tape(TorchFunctionMode):
             return torch.rand(shape, dtype=like.dtype, device=like.device).clamp(torch.finfo(like.dtype).tiny, None)
         return _next(self.noise.uniform, start, size).reshape(shape).to(like.dtype)
 
-    def _swap(self, x: Any) -> Any:
+    def _swap(self, x: Any, met: dict[int, Tensor]) -> Any:
+        """What stands in for a value; ``met`` gets the trainable parameters that nothing stands in for."""
         if isinstance(x, Tensor):
             other = self.values.get(id(x))
             if other is not None:
                 return other
             if x.requires_grad and x.is_leaf and isinstance(x, nn.Parameter):
-                self._met[id(x)] = x
+                met[id(x)] = x
             return x
         if type(x) in (list, tuple):
-            return type(x)(self._swap(y) for y in x)
+            return type(x)(self._swap(y, met) for y in x)
         return x
 
     def __torch_function__(
@@ -132,10 +131,10 @@ class Tape(TorchFunctionMode):
     ) -> Any:
         if func in _ABOUT_THE_LEAF:
             return func(*args)
-        self._met = {}
-        args = tuple(self._swap(x) for x in args)
-        kwargs = {k: self._swap(v) for k, v in kwargs.items()} if kwargs else {}
-        name, met = getattr(func, "__name__", ""), self._met
+        met: dict[int, Tensor] = {}
+        args = tuple(self._swap(x, met) for x in args)
+        kwargs = {k: self._swap(v, met) for k, v in kwargs.items()} if kwargs else {}
+        name = getattr(func, "__name__", "")
         if self.serve and _is_random(name, args):
             rule = _RULES.get(name)
             if rule is not None:

@@ -110,7 +110,7 @@ def simplified(function: Callable[..., Any], *example: Tensor) -> GraphModule:
     graph = simplify(to_graph(noted, *example, functional=False))
     with torch.no_grad():
         found, right = ([part.detach() for part in tree_leaves(given)] for given in (graph(*example), made[-1]))
-    if differing([found[0], *found], [right[0], *right]):
+    if differing([found[0], *found], [right[0], *right]):  # which takes the first for the whole
         raise Untraceable("its graph does not give what it was made from, which is a fault of this library's")
     return graph
 

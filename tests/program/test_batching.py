@@ -81,8 +81,9 @@ def recursion(y: Tensor) -> None:
         pyro.sample(f"y_{t}", dist.Normal(0.0, variance.sqrt()), obs=y[t])
 
 
-torch.manual_seed(1)
-emission = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+with torch.random.fork_rng():
+    torch.manual_seed(1)
+    emission = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 2)).double()
 
 
 def network(y: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -84,26 +85,31 @@ def used_before() -> AutoNormal:
     ids=["parameter", "guide", "prior", "PyroSample", "constant"],
 )
 def test_tensors_of_single_precision_made_outside(
-    model: Any, guide: Callable[[], Any], dtype: torch.dtype, agree: Callable[[Program], None]
+    model: Any, guide: Callable[[], Any], dtype: torch.dtype, excess: Callable[[Program], float]
 ) -> None:
     made = guide()
     program = build(model, made, (Y,), family=None if made else MeanField())
     assert program.dtype is dtype
-    agree(program)
+    assert excess(program) <= 1.0
 
 
 @pytest.fixture
-def agree() -> Callable[[Program], None]:
-    """The traced program has the loss and the gradient of its run by Pyro's handlers."""
+def excess() -> Callable[[Program], float]:
+    """Largest error of a loss or gradient of the traced program, beside its run by Pyro's handlers, over the tolerance.
 
-    def check(program: Program) -> None:
+    That is a + a |expected| with a = 1e-9 for float64 and 1e-4 for float32; infinite where there is no gradient to get
+    wrong.
+    """
+
+    def check(program: Program) -> float:
         feed, x = Stream(program, 0, "test", 1).once(0, 3), program.initial()
         ours, right = (Calculus(program, ELBO(1), w, 1.0) for w in (TracedLogWeights(program), program.log_weights))
         (grads, losses), (expected, bounds) = ours.gradients(x, feed), right.gradients(x, feed)
-        close = {"rtol": 1e-9, "atol": 1e-9} if program.dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
-        torch.testing.assert_close(losses, bounds, **close)
-        torch.testing.assert_close(grads, expected, **close)
-        assert bool((expected != 0).any())
+        tolerance = 1e-9 if program.dtype is torch.float64 else 1e-4
+        if not bool((expected != 0).any()):
+            return math.inf
+        errors = [(a - b).abs() / (tolerance + tolerance * b.abs()) for a, b in ((losses, bounds), (grads, expected))]
+        return float(torch.cat([error.reshape(-1) for error in errors]).max())  # of torch, which keeps NaN
 
     return check
 
@@ -130,7 +136,7 @@ class Autoencoder(nn.Module):
 
 
 @pytest.mark.parametrize("where", ["model", "both", "guide"])
-def test_a_network_counts_where_it_is_used_wherever_it_is_registered(where: str, agree: Any) -> None:
+def test_a_network_counts_where_it_is_used_wherever_it_is_registered(where: str, excess: Any) -> None:
     vae, x = Autoencoder().double(), torch.randn(6, 4, dtype=torch.float64)
 
     def unregistered(x: Tensor) -> None:
@@ -143,7 +149,7 @@ def test_a_network_counts_where_it_is_used_wherever_it_is_registered(where: str,
     program = build(model, guide, (x,), dtype=torch.float64)
     groups = {leaf.name.split("$$$")[1].split(".")[0]: leaf.group for leaf in program.leaves}
     assert groups == {"encoder": "phi", "decoder": "theta"}
-    agree(program)
+    assert excess(program) <= 1.0
 
 
 def test_what_only_the_density_of_the_guide_uses_is_the_guides() -> None:
@@ -164,7 +170,7 @@ def test_what_only_the_density_of_the_guide_uses_is_the_guides() -> None:
 
 
 @pytest.mark.parametrize("operation", ["__ior__", "__iand__", "__ixor__"])
-def test_masks_are_changed_in_place(operation: str, agree: Callable[[Program], None]) -> None:
+def test_masks_are_changed_in_place(operation: str, excess: Callable[[Program], float]) -> None:
     def model(y: Tensor) -> None:
         p = pyro.sample("p", dist.Beta(1.0, 1.0))
         seen = torch.tensor([True, True, False, False])
@@ -172,21 +178,23 @@ def test_masks_are_changed_in_place(operation: str, agree: Callable[[Program], N
         with pyro.plate("d", len(y)), pyro.poutine.mask(mask=seen):
             pyro.sample("y", dist.Bernoulli(p), obs=y)
 
-    agree(build(model, None, (Y,), family=MeanField()))
+    assert excess(build(model, None, (Y,), family=MeanField())) <= 1.0
 
 
-NETWORKS = [
-    nn.RNN(2, 3, nonlinearity="relu", batch_first=True),
-    nn.GRU(2, 3, batch_first=True),
-    nn.LSTM(2, 3, batch_first=True),
-    nn.TransformerEncoderLayer(2, 1, 4, dropout=0.0, batch_first=True),
-]
-
-
-@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: type(network).__name__)
+@pytest.mark.parametrize(
+    ("kind", "sizes", "options"),
+    [
+        (nn.RNN, (2, 3), {"nonlinearity": "relu"}),
+        (nn.GRU, (2, 3), {}),
+        (nn.LSTM, (2, 3), {}),
+        (nn.TransformerEncoderLayer, (2, 1, 4), {"dropout": 0.0}),
+    ],
+)
 def test_recurrent_layers_and_attention_without_dropout_are_no_noise(
-    network: nn.Module, agree: Callable[[Program], None]
+    kind: Any, sizes: tuple[int, ...], options: dict[str, Any], excess: Callable[[Program], float]
 ) -> None:
+    network = kind(*sizes, batch_first=True, **options)
+
     def model(x: Tensor) -> None:
         pyro.module("network", network)
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -196,7 +204,7 @@ def test_recurrent_layers_and_attention_without_dropout_are_no_noise(
             pyro.sample("y", dist.Normal(z + (made * made).sum((-1, -2)), 1.0), obs=x[:, 0, 0])
 
     program = build(model, None, (torch.randn(6, 5, 2),), family=MeanField(), dtype=torch.float32)
-    agree(program)
+    assert excess(program) <= 1.0
     feed, x = Stream(program, 0, "test", 1).once(0, 2), program.initial()
     calculus = Calculus(program, ELBO(1), TracedLogWeights(program), 1.0)
     products = calculus.hessian_products(x, torch.eye(len(x))[:2], feed)
@@ -204,7 +212,7 @@ def test_recurrent_layers_and_attention_without_dropout_are_no_noise(
 
 
 @pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
-def test_recurrent_cells_change_what_they_made_in_place(kind: Any, agree: Callable[[Program], None]) -> None:
+def test_recurrent_cells_change_what_they_made_in_place(kind: Any, excess: Callable[[Program], float]) -> None:
     cell = kind(2, 3).double()
 
     def model(x: Tensor) -> None:
@@ -217,7 +225,8 @@ def test_recurrent_cells_change_what_they_made_in_place(kind: Any, agree: Callab
         with pyro.plate("d", len(x)):
             pyro.sample("y", dist.Normal(z + (last * last).sum(-1), 1.0), obs=x[:, 0, 0])
 
-    agree(build(model, None, (torch.randn(6, 5, 2, dtype=torch.float64),), family=MeanField()))
+    program = build(model, None, (torch.randn(6, 5, 2, dtype=torch.float64),), family=MeanField())
+    assert excess(program) <= 1.0
 
 
 def test_dropout_between_recurrent_layers_is_noise() -> None:
