@@ -284,7 +284,7 @@ def _facts(fit: Fit) -> list[tuple[str, str]]:
 def _settings(fit: Fit) -> list[tuple[str, str]]:
     """What was asked for, and what was chosen where nothing was."""
     asked = {f.name: getattr(fit.settings, f.name) for f in dataclasses.fields(fit.settings)}
-    chosen: dict[str, Any] = {"objective": fit.settings.bound(), "optimiser": fit.settings.rule()}
+    chosen: dict[str, Any] = {"objective": fit.settings.bound(), "optimiser": fit.run.rule}
     chosen |= {"strata": fit.run.strata, "dtype": fit.program.dtype}
     return [
         (name, _plain(value) if value is not None else f"{_plain(chosen[name])} (chosen)" if name in chosen else "none")

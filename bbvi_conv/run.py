@@ -43,7 +43,7 @@ class Settings:
     Attributes:
         family: makes the guide when none is given.
         objective: the bound; None: the ELBO by 10 draws a step, or by one draw where a plate is subsampled.
-        optimiser: None: Adam with step size ``0.3 / sqrt(n)``; for flows and encoders ``0.1 / sqrt(n)`` and no gradient
+        optimiser: None: Adam with step size ``0.3 / sqrt(n)``; for flows and networks ``0.1 / sqrt(n)`` and no gradient
             longer than 10; ``1e-3`` where a plate is subsampled.
         minibatch: rows a step sees; None: all.
         max_steps: steps at most.
@@ -90,13 +90,13 @@ class Settings:
         """The objective, chosen where none was given."""
         return self.objective or ELBO(num_particles=1 if self.minibatch else 10)
 
-    def rule(self) -> Optimiser:
-        """The optimiser, chosen where none was given."""
+    def rule(self, layered: bool = False) -> Optimiser:
+        """The optimiser, chosen where none was given; ``layered``: :attr:`Program.layered` of what is fitted."""
         if self.optimiser is not None:
             return self.optimiser
         if self.minibatch:
             return Adam(Constant(1e-3))
-        if getattr(self.family, "layered", False):
+        if layered or getattr(self.family, "layered", False):
             return Adam(InverseSqrt(0.1), max_norm=10.0)
         return Adam(InverseSqrt(0.3))
 
@@ -266,6 +266,7 @@ class Run:
     ) -> None:
         self.program, self.settings, self.clock = program, settings, clock
         self._engine_reason = engine_reason or "asked for"
+        self.rule = settings.rule(program.layered)
         start = clock()
         self.normaliser = float(program.total) if program.minibatch and settings.normalise == "datum" else 1.0
         self.schedule, self.held_out = settings.bound(), held_out
@@ -295,7 +296,7 @@ class Run:
         """Make ``objective`` the one in force: engine, judge and noise of its own, kept for when it comes back."""
         if objective not in self._stages:
             settings = self.settings
-            rule = bind(settings.rule(), self.program, objective, self.normaliser)
+            rule = bind(self.rule, self.program, objective, self.normaliser)
             engine = make_engine(
                 settings.engine,
                 self.program,
@@ -330,9 +331,8 @@ class Run:
         """The state before the first step, from the parameters of every seed."""
         if len(starts) != len(self.seeds):
             raise ValueError(f"a run of {len(self.seeds)} seeds needs as many starts, got {len(starts)}")
-        rule = self.settings.rule()
         monitor = MonitorState(judges_held_out=self.held_out is not None)
-        state = joined([FitState(start_carry(rule, x), monitor=monitor) for x in starts])
+        state = joined([FitState(start_carry(self.rule, x), monitor=monitor) for x in starts])
         return state._replace(seconds={"compile": self.compile_seconds})
 
     def advance(self, state: FitState, max_steps: int, on_event: Callable[[FitState, bool], None]) -> FitState:

@@ -50,7 +50,7 @@ def ours(case: Case, steps: int, engine: str = "auto") -> list[Mark]:
     start, paused = time.perf_counter(), 0.0
     program = case.program()
     run = Run(program, case.settings(engine=engine))
-    carry, done, made = start_carry(run.settings.rule(), program.initial()), 0, []
+    carry, done, made = start_carry(run.rule, program.initial()), 0, []
     for mark in marks(steps):
         carry, _ = run.engine.advance(carry, run.stream, done, mark - done)
         done, x = mark, carry.x.clone()

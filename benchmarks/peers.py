@@ -27,7 +27,7 @@ def ours(case: Case, engine: str = "auto", *, amp: Any = None) -> Turn:
     """
     program = case.program()
     run = Run(program, case.settings(engine=engine, amp=amp))
-    carry, done = start_carry(run.settings.rule(), program.initial()), 0
+    carry, done = start_carry(run.rule, program.initial()), 0
     if case.seeds > 1:
         carry = Carry.stack([carry] * case.seeds)
     draws, block = case.objective.draws, run.stream.block

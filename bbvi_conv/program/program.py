@@ -199,6 +199,13 @@ class Program:
         self.device = device
 
     @property
+    def layered(self) -> bool:
+        """Whether a leaf is a matrix of a layer of ``torch.nn``: steps on what acts through layers have to be small."""
+        trained = {id(leaf.tensor) for leaf in self.leaves}
+        layers = (m for m in self.modules if any(c.__module__.startswith("torch.nn.") for c in type(m).__mro__[:-2]))
+        return any(id(p) in trained and p.dim() > 1 for m in layers for p in m.parameters(recurse=False))
+
+    @property
     def unit_scale(self) -> float:
         """Factor of the per-unit terms: N/B where the subsampled plate is part of the unit, else 1."""
         return self.scale if self.plate in self.structure.unit else 1.0

@@ -106,7 +106,7 @@ def of_fit(fit: Fit, log_concave: bool | None = None) -> Assumptions:
     gap = None
     if looks and looks[0].bound is not None and checks and checks[-1].bound.value is not None:
         gap = checks[-1].bound.value / fit.run.normaliser - looks[0].bound
-    return check(Subject(fit.program, fit.objective, fit.settings.rule(), fit.run.normaliser, fit.x, log_concave, gap))
+    return check(Subject(fit.program, fit.objective, fit.run.rule, fit.run.normaliser, fit.x, log_concave, gap))
 
 
 def check(subject: Subject) -> Assumptions:
