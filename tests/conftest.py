@@ -19,8 +19,9 @@ from bbvi_conv.program.trace import TracedLogWeights
 
 
 def pytest_runtest_setup() -> None:
-    """Every test draws the same random numbers, whatever ran before it."""
+    """Every test draws the same random numbers and finds Pyro's store empty, whatever ran before it."""
     torch.manual_seed(0)
+    pyro.clear_param_store()
 
 
 @pytest.fixture(scope="session", autouse=True)

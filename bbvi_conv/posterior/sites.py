@@ -84,7 +84,7 @@ def replay(program: Program, x: Tensor, latents: Mapping[str, Tensor], batch: Ba
 
     def model(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
-            if batch.indices is not None and program.plate is not None:
+            if program.plate is not None:
                 stack.enter_context(Rows({program.plate: batch.indices}))
             stack.enter_context(poutine.condition(data=dict(latents)))
             return bound(*args, **kwargs)

@@ -355,7 +355,7 @@ def _eager_pass(
         stack.enter_context(quiet_pyro(store, dtype, device, validate=True))
         modules = stack.enter_context(called_modules(device))
         stack.enter_context(OnDevice(device))
-        if minibatch and rows is not None:
+        if minibatch:
             stack.enter_context(Rows({minibatch.plate: rows}))
         if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
             try:
@@ -429,24 +429,25 @@ def _check_size(
 
 
 class _OtherSize(Exception):
-    """A plate is not as large as the batch; ``sizes`` are its own and that of its subsample."""
-
-    def __init__(self, message: str, sizes: tuple[int, int | None]) -> None:
-        super().__init__(message)
-        self.sizes = sizes
+    """A plate does not have the size, or does not take the rows, that a batch calls for."""
 
 
 class _OfSize(Messenger):  # type: ignore[misc]
     """Refuse a plate of another size before the program looks rows up that are not there, which no GPU forgives."""
 
-    def __init__(self, plate: str, size: int) -> None:
+    def __init__(self, plate: str, size: int, batch: int) -> None:
         super().__init__()
-        self.plate, self.size = plate, size
+        self.plate, self.size, self.batch = plate, size, batch
 
     def _pyro_sample(self, msg: Any) -> None:
-        if is_plate(msg) and msg["name"] == self.plate and msg["fn"].size != self.size:
-            sizes = msg["fn"].size, msg["fn"].subsample_size
-            raise _OtherSize(f"plate {self.plate!r} has size {sizes[0]} where the batch has {self.size}", sizes)
+        if not is_plate(msg) or msg["name"] != self.plate:
+            return
+        size, rows = msg["fn"].size, msg["value"]
+        taken = (msg["fn"].subsample_size or size) if rows is None else len(rows)
+        if size != self.size:
+            raise _OtherSize(f"plate {self.plate!r} has size {size} where the batch has {self.batch}")
+        if taken != self.batch:
+            raise _OtherSize(f"plate {self.plate!r} takes {taken} of {size} rows where the batch has {self.batch}")
 
 
 def _is_row_tensor(value: Any, total: int) -> bool:
@@ -469,42 +470,33 @@ def _rows(args: tuple[Any, ...], minibatch: Minibatch) -> int:
 def _with_minibatch(
     attempt: Callable[..., _Pass], args: tuple[Any, ...], minibatch: Minibatch, total: int, rows: Tensor
 ) -> tuple[_Pass, bool]:
-    """Find out how the model subsamples: by gathered rows (False) or by indices (True)."""
+    """Find out how the model subsamples: by gathered rows (False) or by indices (True).
+
+    A plate has the size of what is gathered, or it is one of N that takes B: indices, or rows that were gathered.
+    """
     size, plate = minibatch.size, minibatch.plate
-    failure: Exception | None = None
-    try:
-        eager = attempt(tuple(a[rows] if _is_row_tensor(a, total) else a for a in args), of_size=_OfSize(plate, size))
-        fn = _plate(eager, plate)
-        if fn.subsample_size in (None, size):
-            return eager, False
-        seen = f"plate {plate!r} takes {fn.subsample_size} of {size} rows"
-    except _OtherSize as error:
-        if error.sizes == (total, size):
-            return attempt(args, rows), True
-        seen = str(error)
-    except (IndexError, RuntimeError, ValueError) as error:
-        failure, seen = error, str(error)
-    try:
-        eager = attempt(args, rows)
-        fn = _plate(eager, plate)
-        if fn.size == total and fn.subsample_size == size:
-            return eager, True
-    except (IndexError, RuntimeError, ValueError) as error:
-        if failure is not None:
-            raise failure from error
-    if failure is not None:
-        raise failure
-    raise ValueError(
+    gathered = tuple(a[rows] if _is_row_tensor(a, total) else a for a in args)
+    seen, failure = "", None
+    for given, indices, whole in ((gathered, None, size), (args, rows, total), (gathered, None, total)):
+        try:
+            eager = attempt(given, indices, _OfSize(plate, whole, size))
+            _check_plate(eager, plate)
+            return eager, indices is not None
+        except _OtherSize as error:
+            seen = seen or str(error)
+        except (IndexError, RuntimeError, ValueError) as error:
+            failure = failure or error
+    raise failure or ValueError(
         f'{seen}; write plate("{plate}", len(x)) over the gathered rows, '
         f'or plate("{plate}", {total}, subsample_size={size}) and index the data yourself'
     )
 
 
-def _plate(eager: _Pass, name: str) -> Any:
+def _check_plate(eager: _Pass, name: str) -> None:
     traces = (eager.guide_trace, eager.model_trace)
-    plates = {n: s["fn"] for trace in traces for n, s in trace.nodes.items() if is_plate(s)}
+    plates = {n for trace in traces for n, s in trace.nodes.items() if is_plate(s)}
     if name in plates:
-        return plates[name]
+        return
     if any(f.name == name for trace in traces for s in random_sites(trace) for f in s["cond_indep_stack"]):
         raise ValueError(f'plate {name!r} has no size: write pyro.plate("{name}", len(x)) over the gathered rows')
     raise ValueError(f"the model has no plate {name!r} to subsample; its plates are {sorted(plates) or 'none'}")
@@ -579,15 +571,21 @@ def _leaves(eager: _Pass) -> list[Leaf]:
 
 
 def _warn_of_constants(eager: _Pass) -> None:
-    """Warn of trainable module parameters that nobody registered: they stay as they are."""
+    """Warn of trainable module parameters that nobody registered, or under a name taken before: they stay constant."""
     known = {id(t) for t in eager.store["params"].values()}
+    taken = {name.replace("$$$", ".") for name in eager.store["params"]}
     for module in eager.modules:
         for name, parameter in module.module.named_parameters():
             if id(parameter) in eager.tape.strangers and id(parameter) not in known:
                 known.add(id(parameter))
+                reason, remedy = (
+                    ("has the name of one registered before", "give the modules of model and guide different names")
+                    if name in taken
+                    else ("is not registered", "call pyro.module(name, module) in the model or guide")
+                )
                 warnings.warn(
-                    f"parameter {name!r} of {type(module.module).__name__} is not registered and stays constant; "
-                    "call pyro.module(name, module) in the model or guide, or freeze it with requires_grad_(False)",
+                    f"parameter {name!r} of {type(module.module).__name__} {reason} and stays constant; {remedy}, or "
+                    "freeze it with requires_grad_(False)",
                     stacklevel=4,
                 )
 

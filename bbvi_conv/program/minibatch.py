@@ -26,8 +26,9 @@ class Minibatch:
     """Rows for one step, drawn from the N rows of the data.
 
     Positional arguments whose leading dimension is N are gathered. The named plate then has the batch size, as in
-    ``plate("data", len(x))``, and its terms are scaled by N/B for the user; or it is ``plate("data", N,
-    subsample_size=B)`` and receives the row indices.
+    ``plate("data", len(x))``, and its terms are scaled by N/B for the user; or it is a plate of N that takes what a
+    loader gives, ``plate("data", N, len(x))`` or ``plate("data", N, subsample=x)``. Or nothing is gathered, and
+    ``plate("data", N, subsample_size=B)`` receives the row indices.
 
     Args:
         size: B, rows a step.

@@ -76,15 +76,20 @@ class ParamValues(Messenger):  # type: ignore[misc]
 
 
 class Rows(Messenger):  # type: ignore[misc]
-    """Answer the subsample statements of plates with given row indices, by name."""
+    """Answer subsample statements of plates with given row indices, by name; None: the rows of the batch, in order."""
 
-    def __init__(self, indices: Mapping[str, Tensor]) -> None:
+    def __init__(self, indices: Mapping[str, Tensor | None]) -> None:
         super().__init__()
         self.indices = indices
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.indices and is_plate(msg):
-            msg["value"], msg["done"] = self.indices[msg["name"]], True
+        if msg["name"] not in self.indices or not is_plate(msg):
+            return
+        rows = self.indices[msg["name"]]
+        if rows is None and msg["value"] is not None:
+            return  # plate(..., subsample=x) over the rows themselves
+        size = msg["fn"].subsample_size or msg["fn"].size
+        msg["value"], msg["done"] = torch.arange(size) if rows is None else rows, True
 
 
 def _unchecked(fn: Distribution, value: Tensor) -> None:
@@ -393,7 +398,7 @@ class Program:
             if self.untaped and noise is not None:
                 high, low = (int(float(u) * 2**24) for u in noise.uniform[:UNTAPED_SEED])
                 stack.enter_context(random_state(self.device, (high << 24) + low))
-            if batch.indices is not None and self.plate is not None:
+            if self.plate is not None:
                 stack.enter_context(Rows({self.plate: batch.indices}))
             stack.enter_context(ParamValues(tape))
             stack.enter_context(taped(tape))
@@ -435,8 +440,10 @@ class Program:
     def scale_of(self, site: dict[str, Any]) -> Any:
         """Scale of a site, poutine scales in, the scale of ``plate(N, B)`` out."""
         scale = site["scale"]
-        inside = self.by_index and any(f.name == self.plate for f in site["cond_indep_stack"])
-        return scale / self.scale if inside else scale
+        for frame in site["cond_indep_stack"]:
+            if frame.name == self.plate and frame.full_size not in (None, frame.size):
+                scale = scale * frame.size / frame.full_size
+        return scale
 
     def factor(self, frame: Any) -> float:
         """N/B of the subsampled plate, 1 of any other."""

@@ -41,6 +41,23 @@ def indexed(x: Tensor, c: Tensor) -> None:
         pyro.sample("c", dist.LogNormal(free, 1.0), obs=c[rows])
 
 
+def loaded(x: Tensor, c: Tensor) -> None:
+    """As for batches of a loader, which Pyro has to be told the size of the whole of."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    free = pyro.param("free", torch.tensor(0.4))
+    with pyro.plate("data", N, len(x)):
+        pyro.sample("x", dist.Normal(z, c), obs=x)
+        pyro.sample("c", dist.LogNormal(free, 1.0), obs=c)
+
+
+def loaded_rows(x: Tensor, c: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    free = pyro.param("free", torch.tensor(0.4))
+    with pyro.plate("data", N, subsample=x) as row:
+        pyro.sample("x", dist.Normal(z, c), obs=row)
+        pyro.sample("c", dist.LogNormal(free, 1.0), obs=c)
+
+
 def local_gathered(x: Tensor, c: Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -65,7 +82,7 @@ def over_all_batches(program: Program, x: Tensor, noise: Noise, *, traced: bool)
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
 @pytest.mark.parametrize("family", [MeanField(), FullRank()], ids=["mean-field", "full-rank"])
-@pytest.mark.parametrize("model", [gathered, indexed], ids=["gathered", "indexed"])
+@pytest.mark.parametrize("model", [gathered, indexed, loaded, loaded_rows], ids=lambda model: model.__name__)
 def test_mean_over_all_minibatches_is_the_whole_bound(model, family, traced: bool, moved, draw) -> None:
     program = build(model, None, (X, C), family=family, minibatch=Minibatch(B, plate="data"), dtype=torch.float64)
     assert program.by_index == (model is indexed)
@@ -78,11 +95,10 @@ def test_mean_over_all_minibatches_is_the_whole_bound(model, family, traced: boo
     torch.testing.assert_close(grad, grads[0], rtol=1e-10, atol=1e-12)
 
 
-def test_indexed_plate_agrees_with_pyro(agrees_with_pyro) -> None:
-    program = build(
-        indexed, None, (X, C), family=MeanField(), minibatch=Minibatch(B, plate="data"), dtype=torch.float64
-    )
-    assert program.by_index
+@pytest.mark.parametrize("model", [indexed, loaded, loaded_rows], ids=lambda model: model.__name__)
+def test_plates_of_the_whole_agree_with_pyro(model, agrees_with_pyro) -> None:
+    program = build(model, None, (X, C), family=MeanField(), minibatch=Minibatch(B, plate="data"), dtype=torch.float64)
+    assert program.by_index == (model is indexed)
     assert program.scale == 2.0
     agrees_with_pyro(program)  # Pyro scales by N/B itself
 
@@ -92,6 +108,32 @@ def test_local_latents_of_an_amortized_guide_agree_with_pyro(agrees_with_pyro) -
     assert program.structure.unit == ("data",)
     assert program.unit_scale == 2.0
     agrees_with_pyro(program, scale=2.0)
+
+
+def test_local_latents_in_a_plate_of_the_whole_agree_with_pyro(agrees_with_pyro) -> None:
+    def model(x: Tensor, c: Tensor) -> None:
+        with pyro.plate("data", N, len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, c), obs=x)
+
+    def guide(x: Tensor, c: Tensor) -> None:
+        slope = pyro.param("slope", torch.tensor(0.5))
+        with pyro.plate("data", N, len(x)):
+            pyro.sample("z", dist.Normal(slope * x, 0.7))
+
+    program = build(model, guide, (X, C), minibatch=Minibatch(B, plate="data"), dtype=torch.float64)
+    assert (program.structure.unit, program.unit_scale) == (("data",), 2.0)
+    agrees_with_pyro(program)
+
+
+def test_a_fault_of_a_model_is_told_whatever_its_plate() -> None:
+    def model(x: Tensor, c: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N, len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=c[:, :, None])
+
+    with pytest.raises(IndexError, match="too many indices"):
+        build(model, None, (X, C), family=MeanField(), minibatch=Minibatch(B, plate="data"))
 
 
 def test_mean_field_with_parameters_per_row(agrees_with_pyro, moved, draw) -> None:

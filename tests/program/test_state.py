@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 import bbvi_conv as bc
@@ -174,6 +175,32 @@ def test_a_silent_constant_is_named() -> None:
     assert all("pyro.module(name, module)" in str(warning.message) for warning in caught)
     layer.requires_grad_(False)
     build(model, None, (X,), family=MeanField(), dtype=torch.float32)  # frozen on purpose: no warning
+
+
+def test_a_name_of_another_module_is_no_registration() -> None:
+    """Pyro's store keeps the first of a name, without a word: the second trains nothing, there as here."""
+
+    class Guide(PyroModule):
+        def __init__(self, out: int = 1) -> None:
+            super().__init__()
+            self.net = nn.Linear(1, out)
+
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.net(x[:, None])[:, 0], 1.0))
+
+    class Model(Guide):
+        def forward(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(self.net(z[:, None])[:, 0], 0.5), obs=x)
+
+    with pytest.warns(
+        UserWarning, match=r"'net.(weight|bias)' of Model has the name of one registered before"
+    ) as caught:
+        program = build(Model(2), Guide(), (X,), dtype=torch.float32)
+    assert len(caught) == 2
+    assert [(leaf.name, leaf.group) for leaf in program.leaves] == [("net$$$weight", "phi"), ("net$$$bias", "phi")]
 
 
 def test_a_guide_with_a_prototype_of_its_own_can_be_built_twice(agrees_with_pyro) -> None:
