@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_map
 from bbvi_conv.engine.compiled_map import CompiledMap, compiled_where_it_pays, filled
 from bbvi_conv.engine.streams import Feed, Stream
 from bbvi_conv.objectives.objective import Objective
+from bbvi_conv.program.aten_graph import Untraceable, simplified
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.graphs import widest
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.terms import Terms
-from bbvi_conv.program.trace import LogWeights, TracedLogWeights, Untraceable, over_draws, simplified
+from bbvi_conv.program.trace import LogWeights, TracedLogWeights, over_draws
 
 CHUNK = 20_000_000
 """Numbers a vectorised evaluation may hold per parameter-sized array."""

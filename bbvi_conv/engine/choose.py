@@ -12,9 +12,10 @@ from bbvi_conv.engine.engine import EagerEngine, Engine, TracedEngine
 from bbvi_conv.engine.native import CannotCompile, NoCompiler
 from bbvi_conv.objectives.objective import Objective
 from bbvi_conv.optim import Optimiser
+from bbvi_conv.program.aten_graph import Untraceable, first_sentence
 from bbvi_conv.program.graphs import widths
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.trace import TracedLogWeights, Untraceable, first_sentence
+from bbvi_conv.program.trace import TracedLogWeights
 
 ENGINES = ("auto", "eager", "traced", "compiled", "cuda-graph")
 

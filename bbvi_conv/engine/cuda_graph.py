@@ -12,8 +12,8 @@ from bbvi_conv.engine.engine import Carry, TracedEngine, float32_products
 from bbvi_conv.engine.fused import fused
 from bbvi_conv.engine.native import CannotCompile
 from bbvi_conv.engine.streams import Feed, Stream, block_of
+from bbvi_conv.program.aten_graph import first_sentence, to_graph
 from bbvi_conv.program.graphs import lift
-from bbvi_conv.program.trace import first_sentence, to_graph
 
 UNROLL = 16
 """Steps in the longer of the two captured graphs; what is left of a chunk is replayed one by one."""

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from bbvi_conv.engine.native.functions import softplus
+from bbvi_conv.program.aten_graph import to_graph
 from bbvi_conv.program.constants import is_fresh
 from bbvi_conv.program.graph_module import Kind
 from bbvi_conv.program.graphs import turned
-from bbvi_conv.program.trace import to_graph
 
 _aten: Any = torch.ops.aten
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from bbvi_conv.evaluate.result import LogLikelihood
 from bbvi_conv.evaluate.subject import Source, Subject, subject
 from bbvi_conv.objectives.checks import check_count
+from bbvi_conv.program.aten_graph import Untraceable, to_graph
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, generator
-from bbvi_conv.program.trace import TracedLogWeights, Untraceable, over_draws, to_graph
+from bbvi_conv.program.trace import TracedLogWeights, over_draws
 
 STREAM = "annealing"
 ACCEPT = 0.65

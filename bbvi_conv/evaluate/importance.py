@@ -12,10 +12,11 @@ from bbvi_conv.evaluate.result import LogLikelihood, LogSums
 from bbvi_conv.evaluate.subject import Source, Subject, subject
 from bbvi_conv.objectives.checks import check_count
 from bbvi_conv.posterior.draws import Mapped
+from bbvi_conv.program.aten_graph import Untraceable
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, generator
-from bbvi_conv.program.trace import TracedLogWeights, Untraceable
+from bbvi_conv.program.trace import TracedLogWeights
 
 STREAM = "log-likelihood"
 PIECE = 250

@@ -26,8 +26,8 @@ from bbvi_conv.monitor.distance import (
 from bbvi_conv.monitor.gradient_norm import gram_matrix, trace_of_covariance
 from bbvi_conv.monitor.intervals import Estimate, unavailable
 from bbvi_conv.objectives.objective import Objective
+from bbvi_conv.program.aten_graph import Untraceable
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.trace import Untraceable
 
 FIRST_DRAWS, MOST_DRAWS = 256, 4096
 """Gradients, or paired losses, at a check: the first number, and the most that a tight tolerance may ask for."""

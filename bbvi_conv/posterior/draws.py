@@ -12,13 +12,14 @@ from torch import Tensor
 
 from bbvi_conv.engine.compiled_map import compiled_where_it_pays
 from bbvi_conv.posterior.sites import Variable, inspect_sites, replay, variable
+from bbvi_conv.program.aten_graph import to_graph
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.graphs import simplify, widths
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, NoiseLayout, generator, random_state
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.tape import Tape, TapeEnds, taped
-from bbvi_conv.program.trace import over_draws, to_graph
+from bbvi_conv.program.trace import over_draws
 
 STREAM = "predict"
 REPLICATION = "predict data"

@@ -2,7 +2,7 @@
 
 A loop over data, sites or times traces into thousands of operations on single numbers. Those that do the same and do
 not wait for one another run as one, on their inputs side by side, and long sums as sums of vectors. What a round takes
-from the round before it still waits for it: :func:`bbvi_conv.scan` is for that.
+from the round before it waits for it: that becomes a scan (``recursions.py``).
 
 Reference: Neubig, Goldberg and Dyer (2017), "On-the-fly operation batching in dynamic computation graphs",
 https://arxiv.org/abs/1705.07860
@@ -10,7 +10,9 @@ https://arxiv.org/abs/1705.07860
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from torch.fx.node import map_arg
 from bbvi_conv.program.constants import changes
 from bbvi_conv.program.graph_module import constant
 from bbvi_conv.program.pieces import MANY, VIEWS, Pieces, taken
+from bbvi_conv.program.recursions import Recursion, recursions
 
 _aten: Any = torch.ops.aten
 
@@ -43,10 +46,11 @@ _WITH_NUMBERS = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div
 
 
 class Group(NamedTuple):
-    """Operations that run as one; or, with ``terms``, a sum of many."""
+    """Operations that run as one; or a sum of many ``terms``; or a ``recursion``, of which it has the first node."""
 
     nodes: tuple[Node, ...]
     terms: tuple[Node, ...] = ()
+    recursion: Recursion | None = None
 
 
 def plan(graph: GraphModule) -> list[Group] | None:
@@ -63,68 +67,118 @@ def plan(graph: GraphModule) -> list[Group] | None:
     inner = {node for terms, between in sums.values() for node in between}
     waiting = {node: (sums[node][0] if node in sums else inputs(node)) for node in nodes}
     waiting = {node: ins for node, ins in waiting.items() if node not in free and node not in inner}
-    found = list(_scheduled(waiting, sums, free, _signatures(graph.graph.nodes, free)))
-    return found if GAIN * len(found) <= len(nodes) else None
+    own = _signatures(graph.graph.nodes, free)
+    found = list(_scheduled(waiting, sums, free, _alike(own, ()), ()))
+    alone = {group.nodes[0] for group in found if len(group.nodes) == 1 and not group.terms}
+    alone |= {part for node in alone for part in node.users if part.target is operator.getitem}
+    loops = recursions([node for node in nodes if node in alone], own.__getitem__, inputs)
+    if loops:
+        found = list(_scheduled(waiting, sums, free, _alike(own, loops), loops))
+    size = sum(len(group.recursion.reads) if group.recursion else 1 for group in found)
+    return found if GAIN * size <= len(nodes) else None
 
 
-def batched(graph: GraphModule, groups: Sequence[Group], vectorised: Callable[..., Any]) -> Callable[..., Any]:
+def batched(
+    graph: GraphModule,
+    groups: Sequence[Group],
+    vectorised: Callable[..., Any],
+    repeated: Callable[..., Sequence[Tensor]],
+) -> Callable[..., Any]:
     """The function of a graph, run group by group.
 
-    ``vectorised(function, mapped)`` maps a function over the first dimension of some of its arguments.
+    ``vectorised(function, mapped)`` maps a function over the first dimension of some of its arguments, and
+    ``repeated(step, carry, moving, fixed, length)`` gives what the rounds of a scan give.
     """
     pieces = Pieces()
 
     def run(*flat: Tensor) -> Any:
-        values: dict[Node, Tensor] = dict(zip(graph.graph.find_nodes(op="placeholder"), flat, strict=True))
-        rows: dict[Node, tuple[int, int]] = {}  # number of its group, place in it
-        made: list[Tensor] = []
-
-        def value(node: Node) -> Tensor:
-            if node not in values:
-                if node in rows:
-                    group, place = rows[node]
-                    values[node] = made[group][place]
-                elif node.op == "get_attr":
-                    values[node] = getattr(graph, str(node.target))
-                else:  # a view that nobody had to compute
-                    values[node] = _call(node, [value(n) for n in inputs(node)])
-            return values[node]
-
-        def beside(nodes: Sequence[Node]) -> Tensor:
-            """Values of many nodes, side by side."""
-            parts = []
-            for source, following in itertools.groupby(nodes, lambda node: rows[node][0] if node in rows else None):
-                some = list(following)
-                parts.append(
-                    in_none(some) if source is None else taken(made[source], torch.tensor([rows[n][1] for n in some]))
-                )
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        def in_none(nodes: Sequence[Node]) -> Tensor:
-            found = [pieces.of(node) for node in nodes]
-            sources = {part.source for part in found if part is not None}
-            if len(sources) == 1 and None not in found:
-                places = torch.stack([part.places for part in found if part is not None])
-                return taken(value(sources.pop()).reshape(-1), places)
-            return torch.stack([value(node) for node in nodes])
-
+        known = _Values(graph, pieces, flat)
         for group in groups:
             first = group.nodes[0]
-            if group.terms:
-                values[first] = _total(group.terms, rows, made, value)
+            if group.recursion is not None:
+                loop = group.recursion
+                carry, fixed = ([known.of(node) for node in nodes] for nodes in (loop.carry, loop.fixed))
+                moving = [known.beside(nodes) for nodes in loop.moving]
+                given = repeated(_round(loop), carry, moving, fixed, len(loop.rounds))
+                for place, column in zip(loop.gives, given, strict=True):
+                    known.keep([nodes[place] for nodes in loop.rounds], column)
+            elif group.terms:
+                known.alone[first] = known.total(group.terms)
             elif len(group.nodes) == 1:
-                values[first] = _call(first, [value(n) for n in inputs(first)])
+                known.alone[first] = _call(first, *map(known.of, inputs(first)))
             else:
                 columns = list(zip(*map(inputs, group.nodes), strict=True))
                 shared = [len(set(column)) == 1 for column in columns]
-                given = [value(c[0]) if same else beside(c) for c, same in zip(columns, shared, strict=True)]
-                one = vectorised(lambda *args, node=first: _call(node, args), [not same for same in shared])
-                rows.update((node, (len(made), place)) for place, node in enumerate(group.nodes))
-                made.append(one(*given))
+                args = [known.of(c[0]) if same else known.beside(c) for c, same in zip(columns, shared, strict=True)]
+                found = vectorised(functools.partial(_call, first), [not same for same in shared])(*args)
+                if isinstance(found, Tensor):
+                    known.keep(group.nodes, found)
+                    continue
+                for number, rows in enumerate(found):  # of operations that give several, the nodes that pick one
+                    known.keep([[user for user in n.users if user.args[1] == number] for n in group.nodes], rows)
         (results,) = graph.graph.output_node().args
-        return map_arg(results, value)
+        return map_arg(results, known.of)
 
     return run
+
+
+class _Values:
+    """What the nodes of a graph have given so far: ``alone`` by themselves, others in rows."""
+
+    def __init__(self, graph: GraphModule, pieces: Pieces, flat: Sequence[Tensor]) -> None:
+        self._graph, self._pieces = graph, pieces
+        self.alone: dict[Node, Tensor] = dict(zip(graph.graph.find_nodes(op="placeholder"), flat, strict=True))
+        self._rows: dict[Node, tuple[int, int]] = {}  # number of the tensor, place in it
+        self._made: list[Tensor] = []
+
+    def keep(self, nodes: Sequence[Node | Sequence[Node]], rows: Tensor) -> None:
+        """Rows of one tensor, each the value of a node or of several."""
+        for place, some in enumerate(nodes):
+            for node in [some] if isinstance(some, Node) else some:
+                self._rows[node] = len(self._made), place
+        self._made.append(rows)
+
+    def of(self, node: Node) -> Tensor:
+        """The value of a node."""
+        if node not in self.alone:
+            if node in self._rows:
+                number, place = self._rows[node]
+                self.alone[node] = self._made[number][place]
+            elif node.op == "get_attr":
+                self.alone[node] = getattr(self._graph, str(node.target))
+            else:  # a view that nobody had to compute
+                self.alone[node] = _call(node, *map(self.of, inputs(node)))
+        return self.alone[node]
+
+    def beside(self, nodes: Sequence[Node]) -> Tensor:
+        """Values of many nodes, side by side."""
+        parts = []
+        for number, following in itertools.groupby(nodes, lambda node: self._rows.get(node, (None,))[0]):
+            some = list(following)
+            parts.append(self._stacked(some) if number is None else self._taken(number, some))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def total(self, terms: Sequence[Node]) -> Tensor:
+        """A sum: of the rows of every tensor by themselves, then of these and of what is in none."""
+        inside: dict[int, list[Node]] = defaultdict(list)
+        for node in terms:
+            if node in self._rows:
+                inside[self._rows[node][0]].append(node)
+        parts = [
+            self._taken(number, sorted(some, key=self._rows.__getitem__)).sum(0) for number, some in inside.items()
+        ]
+        return functools.reduce(torch.add, [*parts, *(self.of(node) for node in terms if node not in self._rows)])
+
+    def _taken(self, number: int, nodes: Sequence[Node]) -> Tensor:
+        return taken(self._made[number], torch.tensor([self._rows[node][1] for node in nodes]))
+
+    def _stacked(self, nodes: Sequence[Node]) -> Tensor:
+        found = [self._pieces.of(node) for node in nodes]
+        sources = {part.source for part in found if part is not None}
+        if len(sources) == 1 and None not in found:
+            places = torch.stack([part.places for part in found if part is not None])
+            return taken(self.of(sources.pop()).reshape(-1), places)
+        return torch.stack([self.of(node) for node in nodes])
 
 
 def inputs(node: Node) -> tuple[Node, ...]:
@@ -134,7 +188,7 @@ def inputs(node: Node) -> tuple[Node, ...]:
     return tuple(found)
 
 
-def _call(node: Node, given: Sequence[Tensor]) -> Tensor:
+def _call(node: Node, *given: Tensor) -> Tensor:
     """The node's operation on other inputs."""
     rest = iter(given)
     args, kwargs = map_arg((node.args, node.kwargs), lambda _: next(rest))
@@ -142,20 +196,16 @@ def _call(node: Node, given: Sequence[Tensor]) -> Tensor:
     return made
 
 
-def _total(
-    terms: Sequence[Node], rows: dict[Node, tuple[int, int]], made: list[Tensor], value: Callable[[Node], Tensor]
-) -> Tensor:
-    """A sum: of every group by itself, then of these and of what is in none."""
-    places: dict[int, list[int]] = defaultdict(list)
-    for node in terms:
-        if node in rows:
-            places[rows[node][0]].append(rows[node][1])
-    parts = [taken(made[group], torch.tensor(sorted(some))).sum(0) for group, some in places.items()]
-    parts += [value(node) for node in terms if node not in rows]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+def _round(loop: Recursion) -> Callable[..., tuple[Tensor, ...]]:
+    """One round: what is carried on, and what is given."""
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        known = list(given)
+        for node, reads in zip(loop.rounds[0], loop.reads, strict=True):
+            known.append(_call(node, *(known[number] for number in reads)))
+        return tuple(known[number] for number in (*loop.carries, *(len(given) + place for place in loop.gives)))
+
+    return run
 
 
 def _keep_numbers_apart(graph: GraphModule, nodes: Sequence[Node]) -> None:
@@ -175,15 +225,22 @@ def _keep_numbers_apart(graph: GraphModule, nodes: Sequence[Node]) -> None:
 
 
 def _free(graph: GraphModule) -> set[Node]:
-    """Views that are taken up where they are used: of what comes from outside, or of what many parts are taken of."""
-    free: set[Node] = set()
+    """Views that are taken up where they are used: of what comes from outside, or of what many parts are taken of.
+
+    So are the results of an operation that has several.
+    """
+    views: set[Node] = set()
+    results: set[Node] = set()
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in VIEWS:
-            source = node.args[0]
-            outside = source.op in ("placeholder", "get_attr")
-            if outside or source in free or sum(user.target in VIEWS for user in source.users) >= MANY:
-                free.add(node)
-    return free
+        if node.op != "call_function" or node.target not in VIEWS:
+            continue
+        source = node.args[0]
+        outside = source.op in ("placeholder", "get_attr")
+        if outside or source in views or sum(user.target in VIEWS for user in source.users) >= MANY:
+            views.add(node)
+        elif node.target is operator.getitem:
+            results.add(node)
+    return views | results
 
 
 def _sums(nodes: Sequence[Node]) -> dict[Node, tuple[tuple[Node, ...], tuple[Node, ...]]]:
@@ -216,20 +273,30 @@ def _same_kind(node: Node, others: Sequence[Node]) -> bool:
     return len(others) == 2 and all(other.meta.get("tensor_meta") == kind for other in others)
 
 
-def _signatures(nodes: Iterable[Node], free: set[Node]) -> dict[Node, Any]:
-    """What those nodes have in common that can run as one: operation, kinds of inputs, and what these come from.
-
-    That goes back a few operations, so that a group's inputs are mostly those that another group gives. None of nodes
-    that run alone.
-    """
-    own: dict[Node, Any] = {}
+def _signatures(nodes: Iterable[Node], free: set[Node]) -> dict[Node, int]:
+    """What nodes have in common that do the same: operation and kind."""
+    found: dict[Node, int] = {}
     for node in nodes:
-        runs = node.op == "call_function" and node not in free
+        runs = node.op == "call_function" and (node not in free or node.target is operator.getitem)
         what = (node.target, map_arg((node.args, node.kwargs), lambda _: None)) if runs else node.op
-        own[node] = hash((repr(what), repr(node.meta.get("tensor_meta"))))
+        found[node] = hash((repr(what), repr(node.meta.get("tensor_meta"))))
+    return found
+
+
+def _alike(own: dict[Node, int], loops: Sequence[Recursion]) -> dict[Node, int | None]:
+    """The same number for nodes that can run as one, by their own; None for those that run alone.
+
+    They have inputs of the same kinds, and what these come from is alike too. That goes back a few operations, or to a
+    recursion, so that a group's inputs are mostly those that another group gives.
+    """
+    given = {n: (at, k) for at, loop in enumerate(loops) for nodes in loop.rounds for k, n in enumerate(nodes)}
+    own = {node: hash(given.get(node, number)) for node, number in own.items()}
     found = own
     for _ in range(BACK):
-        found = {node: hash((own[node], *(found[source] for source in inputs(node)))) for node in own}
+        found = {
+            node: number if node in given else hash((number, *(found[source] for source in inputs(node))))
+            for node, number in own.items()
+        }
     return {node: found[node] if _can_be_mapped(node) else None for node in own}
 
 
@@ -237,40 +304,51 @@ def _can_be_mapped(node: Node) -> bool:
     target, sources = node.target, inputs(node)
     if not isinstance(target, OpOverload) or target.namespace != "aten" or target._schema.is_mutable or not sources:
         return False
-    kinds = [one.meta.get("tensor_meta") for one in (node, *sources)]
+    made = [node] if "tensor_meta" in node.meta else list(node.users)
+    if not made or not all(one is node or one.target is operator.getitem for one in made):
+        return False
+    kinds = [one.meta.get("tensor_meta") for one in (*made, *sources)]
     return all(kind is not None and kind.shape.numel() <= SMALL for kind in kinds)
 
 
 def _scheduled(
-    waiting: dict[Node, tuple[Node, ...]], sums: dict[Node, Any], free: set[Node], signatures: dict[Node, Any]
+    waiting: dict[Node, tuple[Node, ...]],
+    sums: dict[Node, Any],
+    free: set[Node],
+    signatures: dict[Node, Any],
+    loops: Sequence[Recursion],
 ) -> Iterator[Group]:
     """Groups of what is ready.
 
     First the kinds of operations of which all that are left are ready, then those whose nodes are nearest to the start
     in the mean: what waits for a recursion runs when that is through.
     """
-    depth: dict[Node, int] = {}
-    users: dict[Node, list[Node]] = defaultdict(list)
-    missing: dict[Node, int] = {}
+    whole = {loop.rounds[0][0]: loop for loop in loops}
+    stands_for = {node: first for first, loop in whole.items() for nodes in loop.rounds for node in nodes}
+    waiting = {n: whole[n].needed if n in whole else ins for n, ins in waiting.items() if stands_for.get(n, n) is n}
 
     def needed(node: Node) -> Iterator[Node]:
         """What is computed, of a node's inputs, or of what they are views of."""
         for source in waiting[node]:
             while source in free:
                 source = source.args[0]  # type: ignore[assignment]
+            source = stands_for.get(source, source)
             if source in waiting:
                 yield source
 
-    kinds: dict[Any, list[Node]] = defaultdict(list)
-    order = {node: place for place, node in enumerate(waiting)}
+    users: dict[Node, list[Node]] = defaultdict(list)
+    missing: dict[Node, int] = {}
     for node in waiting:
         sources = set(needed(node))
-        depth[node] = 1 + max((depth[source] for source in sources), default=0)
         missing[node] = len(sources)
         for source in sources:
             users[source].append(node)
-        signature = None if node in sums else signatures[node]
+    depth = _depths(missing, users)
+    kinds: dict[Any, list[Node]] = defaultdict(list)
+    for node in waiting:
+        signature = None if node in sums or node in whole else signatures[node]
         kinds[node if signature is None else signature].append(node)
+    order = {node: place for place, node in enumerate(waiting)}
     kind_of = {node: kind for kind, nodes in kinds.items() for node in nodes}
     left = {kind: len(nodes) for kind, nodes in kinds.items()}
     mean = {kind: sum(depth[node] for node in nodes) / len(nodes) for kind, nodes in kinds.items()}
@@ -284,6 +362,8 @@ def _scheduled(
         left[kind] -= len(nodes)
         if nodes[0] in sums:
             yield Group((nodes[0],), sums[nodes[0]][0])
+        elif nodes[0] in whole:
+            yield Group((nodes[0],), recursion=whole[nodes[0]])
         elif len(nodes) < MANY:
             yield from (Group((node,)) for node in nodes)
         else:
@@ -293,3 +373,17 @@ def _scheduled(
                 missing[user] -= 1
                 if missing[user] == 0:
                     ready[kind_of[user]].append(user)
+
+
+def _depths(missing: dict[Node, int], users: dict[Node, list[Node]]) -> dict[Node, int]:
+    """How many operations at least come before each, itself counted in."""
+    left = dict(missing)
+    depth = {node: 1 for node, count in left.items() if count == 0}
+    pending = list(depth)
+    for node in pending:
+        for user in users[node]:
+            depth[user] = max(depth.get(user, 1), depth[node] + 1)
+            left[user] -= 1
+            if left[user] == 0:
+                pending.append(user)
+    return depth

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from typing import Any
 
@@ -100,6 +101,10 @@ def changes(node: Node) -> bool:
 
 def is_fresh(node: Node) -> bool:
     """Whether nothing else lies in the memory of what the node gives."""
+    source = node.args[0] if node.args else None
+    if node.target is operator.getitem and isinstance(source, Node) and source.target in _PARTS:
+        whole, same = source.args[0], [user for user in source.users if user.args[1] == node.args[1]]
+        return len(same) == 1 and isinstance(whole, Node) and len(whole.users) == 1 and is_fresh(whole)
     if not isinstance(node.target, OpOverload) or node.target in _PARTS:
         return False
     return all(returned.alias_info is None for returned in node.target._schema.returns)

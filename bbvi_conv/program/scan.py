@@ -7,6 +7,7 @@ in the other direction, so that gradients and curvature stay loops as well.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 import types
@@ -16,19 +17,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from bbvi_conv.program.graphs import lift
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.aten_graph import to_graph
+from bbvi_conv.program.graph_module import Kind, WrittenLate
+from bbvi_conv.program.graphs import lift, simplify
 from bbvi_conv.program.tracer import tracing
 
 
 class Body(NamedTuple):
-    """One round as a graph ``(carry..., x..., fixed...) -> (carry..., y...)`` of flat tensors."""
+    """One round as a graph ``(carry..., x..., fixed...) -> (carry..., y...)`` of flat tensors.
+
+    ``plain`` is a simpler one, without derivatives.
+    """
 
     graph: GraphModule
+    plain: GraphModule
     carry: int
     moving: int
     results: tuple[tuple[torch.Size, torch.dtype], ...]
@@ -82,10 +89,27 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, re
         flat_y, y_spec = tree_flatten(y)
         return (*tree_leaves(new), *flat_y)
 
-    name, constants = _register(one, flat_carry, [x[0] for x in flat_xs], fixed, outer=tracer)
+    name, constants = _register(one, flat_carry, [x[0] for x in flat_xs], fixed, outer=tracer, stops=True)
     made = torch.ops.bbvi_conv.scan(name, flat_carry, [x.contiguous() for x in flat_xs], [*fixed, *constants], reverse)
     last, ys = made[: len(flat_carry)], made[2 * len(flat_carry) :]
     return tree_unflatten(list(last), carry_spec), tree_unflatten(list(ys), y_spec)
+
+
+def repeated(
+    function: Callable[..., tuple[Tensor, ...]],
+    carry: list[Tensor],
+    xs: list[Tensor],
+    fixed: list[Tensor],
+    length: int,
+) -> list[Tensor]:
+    """What the rounds ``(carry..., x..., fixed...) -> (carry..., y...)`` of a function made of graphs give."""
+    if not xs:  # nothing but the number of rounds is known of them
+        count, inner = len(carry), function
+        xs, function = [carry[0].new_zeros(length)], lambda *flat: inner(*flat[:count], *flat[count + 1 :])
+    name, constants = _register(function, carry, [x[0] for x in xs], fixed, stops=True)
+    made = torch.ops.bbvi_conv.scan(name, carry, [x.contiguous() for x in xs], [*fixed, *constants], False)
+    found: list[Tensor] = made[2 * len(carry) :]
+    return found
 
 
 def _length(xs: Any) -> int:
@@ -180,15 +204,18 @@ def _register(
     fixed: Sequence[Tensor],
     *,
     outer: Any = None,
+    stops: bool = False,
 ) -> tuple[str, list[Tensor]]:
     """Trace a round on tensors of these shapes; the name of its body, and constants, which are further fixed inputs.
 
-    ``outer`` holds the tensors of the tracing around a round of the user's own, which may hold mutations as well.
+    ``outer`` holds the tensors of the tracing around a round of the user's own, which may hold mutations as well;
+    ``stops`` keeps what is detached so in every derivative.
     """
-    kinds = [(t.shape, t.dtype, t.device) for t in (*carry, *x, *fixed)]
+    given = (*carry, *x, *fixed)
+    kinds = [Kind.of(t) for t in given]
 
     def trace() -> tuple[GraphModule, list[Tensor], Sequence[Tensor]]:
-        example = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in kinds]
+        example = [_example(t, kind) for t, kind in zip(given, kinds, strict=True)]
         graph = to_graph(function, *example, functional=outer is not None)
         for name in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
             if outer is not None and getattr(graph, name) in outer:
@@ -196,14 +223,24 @@ def _register(
                     "the step of a scan uses a tensor that depends on parameters and is no variable of the function "
                     "around it: pass it in the carry, in xs, or as a local variable"
                 )
-        _replace_detach(graph, torch.ops.bbvi_conv.stop.default if outer is not None else None)
+        _replace_detach(graph, torch.ops.bbvi_conv.stop.default if stops else None)
         graph, constants = lift(graph)
         return graph, constants, graph(*example, *constants)
 
     graph, constants, made = _apart(trace)
     name = hashlib.sha256(f"{graph.code}\n{kinds}\n{len(carry)} {len(x)}".encode()).hexdigest()[:24]
-    BODIES[name] = Body(graph, len(carry), len(x), tuple((m.shape, m.dtype) for m in made))
+    BODIES[name] = Body(graph, _plain(graph), len(carry), len(x), tuple((m.shape, m.dtype) for m in made))
     return name, constants
+
+
+def _example(tensor: Tensor, kind: Kind) -> Tensor:
+    """A value to trace with: that of this run where it is at hand, since not every operation takes zeros."""
+    if torch._is_functional_tensor(tensor):
+        torch._sync(tensor)  # type: ignore[attr-defined,no-untyped-call]
+        tensor = torch._from_functional_tensor(tensor)
+    if is_functorch_wrapped_tensor(tensor) or type(tensor) not in (Tensor, nn.Parameter):
+        return torch.zeros(kind.shape, dtype=kind.dtype, device=kind.device)
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _replace_detach(graph: GraphModule, stop: Any) -> None:
@@ -219,6 +256,13 @@ def _replace_detach(graph: GraphModule, stop: Any) -> None:
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _plain(graph: GraphModule) -> GraphModule:
+    found = WrittenLate(graph, copy.deepcopy(graph.graph))
+    for node in found.graph.find_nodes(op="call_function", target=torch.ops.bbvi_conv.stop.default):
+        node.replace_all_uses_with(node.args[0])
+    return simplify(found)
 
 
 # ---- the operations ----
@@ -250,10 +294,10 @@ def _scan(name: str, carry: list[Tensor], xs: list[Tensor], fixed: list[Tensor],
     length = len(xs[0])
     before: list[Any] = [None] * length
     given: list[Any] = [None] * length
-    now = list(carry)
+    now, rows = list(carry), [x.unbind() for x in xs]
     for t in reversed(range(length)) if reverse else range(length):
         before[t] = now
-        made = body.graph(*now, *(x[t] for x in xs), *fixed)
+        made = body.plain(*now, *(row[t] for row in rows), *fixed)
         now, given[t] = list(made[: body.carry]), made[body.carry :]
     kept = [torch.stack(column) for column in zip(*before, strict=True)]
     ys = [torch.stack(column) for column in zip(*given, strict=True)]
@@ -339,7 +383,12 @@ def _transposed(
             pairs = [(o, d) for o, d in zip(outputs, [*d_carry, *d_y], strict=True) if o.requires_grad]
             found = (
                 torch.autograd.grad(
-                    [o for o, _ in pairs], live, [d for _, d in pairs], allow_unused=True, materialize_grads=True
+                    [o for o, _ in pairs],
+                    live,
+                    [d for _, d in pairs],
+                    create_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
                 )
                 if pairs
                 else [torch.zeros_like(t) for t in live]

@@ -9,178 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
+from bbvi_conv.program.aten_graph import Untraceable, first_sentence, to_graph
 from bbvi_conv.program.batching import batched, plan
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.faithful import differing, total_and_slopes
-from bbvi_conv.program.graph_module import constant
 from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
+from bbvi_conv.program.scan import repeated
 from bbvi_conv.program.terms import Terms
-from bbvi_conv.program.tracer import trace
 
 LogWeights = Callable[..., Terms]
 """``(theta, phi_sample, phi_density, noise, batch) -> Terms``."""
-
-
-class Untraceable(RuntimeError):
-    """The program cannot become a graph; the reason is the message. The eager engine still runs it."""
-
-
-_aten: Any = torch.ops.aten
-
-
-def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    return source.to(target.dtype).expand(target.shape)
-
-
-def _index_put(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
-    """One number wherever a mask says so; other writes are left to torch."""
-    mask, *more = indices
-    if mask is None or mask.dtype is not torch.bool or more or values.numel() != 1 or accumulate:
-        return NotImplemented
-    mask = mask.reshape(*mask.shape, *[1] * (target.dim() - mask.dim()))
-    return torch.where(mask, values.reshape(()), target)
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    _aten.copy.default: _copy,
-    _aten.fill.Scalar: torch.full_like,
-    _aten.index_put.default: _index_put,
-    _aten._efficientzerotensor.default: torch.zeros,
-}
-"""``aten.copy``, left by functionalised mutation, has no derivative of its own; ``aten.fill`` has no ``vmap`` rule, nor
-has ``aten.index_put`` with a mask, as left by ``x[mask] = 0``; and torch imports its compiler in order to add one of
-its zero tensors without memory, which second derivatives leave."""
-
-
-def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = True) -> GraphModule:
-    """Trace a function of tensors, returning tensors, into ATen operations without mutation.
-
-    Args:
-        function: what to trace.
-        example: tensors of the right shapes.
-        functional: take mutation out; not needed for a function made of such graphs.
-
-    Raises:
-        Untraceable: if Python's flow or a shape depends on values, or a random operation remains.
-    """
-    try:
-        pure = torch.func.functionalize(function, remove="mutations") if functional else function
-        graph = trace(pure, *example, decompositions=DECOMPOSITIONS)
-    except Exception as error:
-        raise Untraceable(first_sentence(error)) from error
-    varying: set[Node] = set()
-    for node in graph.graph.nodes:
-        if node.op == "placeholder" or varying.intersection(node.all_input_nodes):
-            varying.add(node)
-        if _shape_varies(node, varying):
-            raise Untraceable(f"the shape of a result depends on values, as with a boolean mask ({node.target})")
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
-            raise Untraceable(f"random operation {node.target} is not on the noise tape")
-        if node.op == "call_function":
-            _fix_dtype(node)
-            _fix_ends(node)
-            _fix_masks(graph, node)
-            if node.target is _aten.view.default:  # what is one block of memory here may not be under vmap
-                node.target = _aten.reshape.default
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
-
-
-def simplified(function: Callable[..., Any], *example: Tensor) -> GraphModule:
-    """A simpler graph of a function made of graphs, run once: it has to give what the function gave.
-
-    Raises:
-        Untraceable: as :func:`to_graph`, or where it does not.
-    """
-    made: list[Any] = []
-
-    def noted(*given: Tensor) -> Any:
-        made.append(function(*given))
-        return made[-1]
-
-    graph = simplify(to_graph(noted, *example, functional=False))
-    with torch.no_grad():
-        found, right = ([part.detach() for part in tree_leaves(given)] for given in (graph(*example), made[-1]))
-    if differing([found[0], *found], [right[0], *right]):  # which takes the first for the whole
-        raise Untraceable("its graph does not give what it was made from, which is a fault of this library's")
-    return graph
-
-
-def _shape_varies(node: Node, varying: set[Node]) -> bool:
-    """Whether the result has a shape that only the values of this run tell."""
-    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
-        return False
-    return bool(varying.intersection(_masks(node) if node.target is _aten.index.Tensor else node.all_input_nodes))
-
-
-def _masks(node: Node) -> list[Node]:
-    """What decides on the shape of the tensor that is picked out: masks do, indices do not."""
-    indices: Any = node.args[1]
-    return [n for n in indices if n is not None and n.meta["tensor_meta"].dtype in (torch.bool, torch.uint8)]
-
-
-def _fix_masks(graph: GraphModule, node: Node) -> None:
-    """Write the places that a constant mask picks into the graph: under ``vmap``, and compiled, there are no masks."""
-    if node.target is not _aten.index.Tensor or not (masks := _masks(node)):
-        return
-    found: list[Node | None] = []
-    for indices in node.args[1]:  # type: ignore[union-attr]
-        if indices not in masks:
-            found.append(indices)  # type: ignore[arg-type]
-            continue
-        for places in _value(graph, indices).nonzero().unbind(1):  # type: ignore[arg-type]
-            with graph.graph.inserting_before(node):
-                found.append(constant(graph, places, f"_{node.name}_{len(found)}"))
-    node.update_arg(1, found)
-
-
-def _value(graph: GraphModule, node: Node) -> Any:
-    """What a node gives that depends on no input of the graph."""
-    if node.op == "get_attr":
-        return getattr(graph, str(node.target))
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: _value(graph, n))
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _fix_dtype(node: Node) -> None:
-    """Write the dtype a factory took from torch's default at tracing time into the graph."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or node.all_input_nodes or node.kwargs.get("dtype") is not None:
-        return
-    if any(argument.name == "dtype" for argument in schema.arguments):
-        node.kwargs = {**node.kwargs, "dtype": node.meta["tensor_meta"].dtype}
-
-
-_SLICES = {_aten.slice.Tensor: 1, _aten.slice_scatter.default: 2, _aten.slice_backward.default: 2}
-"""Operation -> where its arguments name the dimension; start and end follow."""
-
-
-def _fix_ends(node: Node) -> None:
-    """Write starts and ends of slices as places from the front: under ``vmap`` torch misreads other ones."""
-    if node.target not in _SLICES:
-        return
-    args: Any = node.args
-    where = _SLICES[node.target]
-    sizes = args[1] if node.target is _aten.slice_backward.default else args[0].meta["tensor_meta"].shape
-    size = sizes[args[where] if len(args) > where else 0]
-    for i, end in enumerate(args[where + 1 : where + 3], where + 1):
-        if isinstance(end, int):
-            node.update_arg(i, max(end + size, 0) if end < 0 else min(end, size))
-
-
-def first_sentence(error: Exception) -> str:
-    """Type and first sentence of an error, in one line."""
-    text = " ".join(str(error).split()).split(". ")[0]
-    return f"{type(error).__name__}: {text[:200]}"
 
 
 class TracedLogWeights:
@@ -264,7 +108,7 @@ def _with_rounds_together(graph: GraphModule, example: Sequence[Tensor]) -> Grap
     if groups is None:
         return graph
     try:
-        run = batched(graph, groups, functools.partial(over_draws, vectorise=True))
+        run = batched(graph, groups, functools.partial(over_draws, vectorise=True), repeated)
         made = to_graph(run, *(x.clone() for x in example), functional=False)
     except (Untraceable, RuntimeError):  # an operation that vmap cannot map
         return graph

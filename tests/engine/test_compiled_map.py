@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import bbvi_conv as bc
 from bbvi_conv.engine import compiled_map
 from bbvi_conv.engine.compiled_map import CompiledMap, compiled_where_it_pays
-from bbvi_conv.program.trace import over_draws, to_graph
+from bbvi_conv.program.aten_graph import to_graph
+from bbvi_conv.program.trace import over_draws
 
 MAPPED = [True, False, True, False, True]
 

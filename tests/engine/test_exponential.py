@@ -12,7 +12,7 @@ from torch import Tensor
 from bbvi_conv.engine.native import NativeLoop
 from bbvi_conv.engine.native.exponential import inlined
 from bbvi_conv.engine.native.lowering import vector_bits
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.aten_graph import to_graph
 
 EPS, TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 

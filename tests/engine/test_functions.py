@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bbvi_conv.engine.native import NativeLoop, functions
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.aten_graph import to_graph
 
 ROUNDING = torch.finfo(torch.float32).eps
 """From one float32 number near 1 to the next."""

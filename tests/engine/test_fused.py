@@ -9,7 +9,7 @@ import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from bbvi_conv.engine.fused import fused
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.aten_graph import to_graph
 
 
 @pytest.mark.parametrize("named", ["nobody", "the compiler", "the user"])

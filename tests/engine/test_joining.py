@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bbvi_conv.engine.native import NativeLoop, joining
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.aten_graph import to_graph
 
 SIZES = [(50, 300), (50, 400), (300,), (400,)]
 

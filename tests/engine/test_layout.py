@@ -16,8 +16,8 @@ from bbvi_conv.networks import SoftClipping
 from bbvi_conv.objectives import ELBO
 from bbvi_conv.optim import Adam, Constant
 from bbvi_conv.program import Minibatch
+from bbvi_conv.program.aten_graph import to_graph
 from bbvi_conv.program.build import build
-from bbvi_conv.program.trace import to_graph
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bbvi_conv.engine.native import NativeLoop
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.aten_graph import to_graph
 
 
 def kernels(function: Callable[..., tuple[Tensor, ...]], given: list[Tensor], generated: Callable[[], str]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bbvi_conv.engine.native import NativeLoop, blocks, routines, tiles
 from bbvi_conv.engine.native.matrices import Matrix, Product
 from bbvi_conv.engine.native.plan import Place, View
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.aten_graph import to_graph
 
 
 @pytest.fixture(params=["tiles", "blocks", "routines"])

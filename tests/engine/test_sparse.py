@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from bbvi_conv.engine.native import NativeLoop, routines, sparse
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.aten_graph import to_graph
 
 Function = Callable[..., tuple[Tensor, ...]]
 

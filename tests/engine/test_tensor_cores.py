@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 
 from bbvi_conv.engine.fused import fused
 from bbvi_conv.engine.tensor_cores import DEPTH, blocks, on_tensor_cores, products_of_parts, split
+from bbvi_conv.program.aten_graph import to_graph
 from bbvi_conv.program.graphs import is_fresh
-from bbvi_conv.program.trace import to_graph
 
 OP = torch.ops.bbvi_conv.products_of_parts.default
 SUM = torch.ops.aten.sum.dim_IntList

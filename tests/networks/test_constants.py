@@ -12,7 +12,7 @@ from torch.func import jacrev, vmap
 from bbvi_conv.networks import BoundedLinear, SoftClipping, bounded_mlp, constants
 from bbvi_conv.networks.constants import ACTIVATIONS, kinks, operator_norm
 from bbvi_conv.networks.encoders import MLP, Conv
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.aten_graph import to_graph
 
 SMOOTH = [nn.Tanh(), nn.Sigmoid(), nn.LogSigmoid(), nn.Softplus(2.0), nn.SiLU(), nn.GELU(), nn.GELU("tanh")]
 SMOOTH += [nn.Softsign(), nn.ELU(), SoftClipping(-30.0, 30.0, 3.0)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from bbvi_conv.networks import SoftClipping, soft_clip
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.aten_graph import to_graph
 
 CASES = [(-1.0, 1.0, 1.0), (-5.0, 5.0, 1.0), (0.1, 2.0, 4.0), (-10.0, 10.0, 0.5), (-3.0, 7.0, 20.0), (0.0, 1e-3, 1.0)]
 EXTREME = torch.tensor([3e38, -3e38, math.inf, -math.inf])

@@ -25,7 +25,7 @@ from bbvi_conv.optim import (
     gradient_mapping,
 )
 from bbvi_conv.optim.proximal import prox_minus_log
-from bbvi_conv.program.trace import to_graph
+from bbvi_conv.program.aten_graph import to_graph
 
 SCALES = Scales(((2, False), (3, True), (1, False), (1, True)), entropy=0.7)
 ARE_SCALES = torch.tensor([0, 0, 1, 1, 1, 0, 1], dtype=torch.bool)

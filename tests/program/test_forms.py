@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bbvi_conv.program.aten_graph import to_graph
 from bbvi_conv.program.forms import FORMS
 from bbvi_conv.program.tape import Tape, taped
-from bbvi_conv.program.trace import to_graph
 
 LOGITS = [0.0, 1e-300, 1e-4, 0.3, 5.0, 19.9, 20.1, 39.9, 40.1, 100.0, 709.0, 1e4]
 TARGETS = [0.0, 0.25, 1.0]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bbvi_conv.program.aten_graph import to_graph
 from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.pieces import taken
-from bbvi_conv.program.trace import to_graph
 
 X = torch.arange(48.0).reshape(6, 8) + 0.5
 aten = torch.ops.aten

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import bbvi_conv as bc
 from bbvi_conv.engine import Stream, make_engine, start_carry
 from bbvi_conv.optim import Adam, InverseSqrt
+from bbvi_conv.program.aten_graph import Untraceable, to_graph
 from bbvi_conv.program.build import build
-from bbvi_conv.program.trace import Untraceable, to_graph
 
 ROUNDS = 6
 A, B, C = (torch.tensor(v, dtype=torch.float64) for v in (0.7, (0.4, -1.1), 0.3))
@@ -53,6 +53,25 @@ def test_values_and_derivatives_are_those_of_the_loop(reverse: bool) -> None:
     second, wanted = (torch.autograd.grad(y, args) for y in mixed)
     torch.testing.assert_close(second, wanted)
     assert max(float(g.abs().sum()) for g in wanted) > 0.01
+
+
+def test_a_round_with_a_solver_has_its_curvature() -> None:
+    """A derivative that is only good once, as torch has of a solver by its factors, would lose a term here."""
+    eye = torch.eye(2, dtype=torch.float64)
+
+    def filtered(a: Tensor, x: Tensor) -> Tensor:
+        def step(state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            matrix = state + (x + a).exp() * eye
+            state = torch.linalg.solve(matrix, eye + a * state)
+            return state, matrix.logdet()
+
+        return bc.scan(step, eye, x)[1].sum()
+
+    graph = to_graph(filtered, A, X)
+    found = [torch.autograd.functional.hessian(run, (A, X)) for run in (graph, filtered)]
+    for ours, right in zip(*(torch.utils._pytree.tree_leaves(one) for one in found), strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-12)
+        assert right.abs().max() > 1e-3
 
 
 def test_it_maps_over_draws() -> None:
@@ -142,7 +161,20 @@ def ode(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(path[:, 0], 0.5), obs=y)
 
 
-@pytest.mark.parametrize("model", [garch, ode])
+def second_order(y: Tensor) -> None:
+    """What is carried is handed on: one result of a round is what the next one overwrites first."""
+    a = pyro.sample("a", dist.Normal(y.new_zeros(2), 0.5).to_event(1))
+
+    def step(before: tuple[Tensor, Tensor], x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        new = torch.tanh(a[0] * before[0] + a[1] * before[1] + 0.3 * x)
+        return (new, before[0]), before[1]
+
+    _, means = bc.scan(step, (y[0], y[1]), y[2:])
+    with pyro.plate("time", len(y) - 2):
+        pyro.sample("y", dist.Normal(means, 0.5), obs=y[2:])
+
+
+@pytest.mark.parametrize("model", [garch, ode, second_order])
 def test_every_engine_runs_it_alike(model: Callable[..., None]) -> None:
     rule, objective = Adam(InverseSqrt(0.05)), bc.ELBO(2)
     program = build(model, None, (Y,), family=bc.MeanField(), dtype=torch.float64)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bbvi_conv.program.aten_graph import Untraceable, to_graph
 from bbvi_conv.program.graph_module import Kind
 from bbvi_conv.program.graphs import results
-from bbvi_conv.program.trace import Untraceable, to_graph
 
 TABLE = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
 

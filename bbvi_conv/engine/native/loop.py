@@ -17,9 +17,9 @@ from bbvi_conv import __version__
 from bbvi_conv.engine.native import products, sparse
 from bbvi_conv.engine.native.library import is_cached, library, name_of
 from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views, views
+from bbvi_conv.program.aten_graph import first_sentence
 from bbvi_conv.program.graphs import lift, results, widest
 from bbvi_conv.program.noise import ALONE
-from bbvi_conv.program.trace import first_sentence
 
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
 

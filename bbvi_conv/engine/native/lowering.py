@@ -6,7 +6,6 @@ without data, and what it allocates and calls is recorded; the compiled loop the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -34,7 +33,7 @@ from bbvi_conv.engine.native.layout import Ordered, settled
 from bbvi_conv.engine.native.plan import CannotCompile, Copy, Instruction, Loop, Place, Plan, pack
 from bbvi_conv.engine.native.recording import Pending, Recorder, record
 from bbvi_conv.program.graph_module import WrittenLate
-from bbvi_conv.program.graphs import results, simplify
+from bbvi_conv.program.graphs import results
 from bbvi_conv.program.scan import BODIES
 
 SMALL = 2**14
@@ -118,7 +117,6 @@ def _decompositions() -> dict[Any, Any]:
         aten.cumprod.default: _cumprod,
         aten.div.Tensor: _quotient,
         aten.silu.default: _silu,
-        torch.ops.bbvi_conv.stop.default: torch.clone,
     }
     known = select_decomp_table()
     return {**known, **functions.decompositions(known), **own}
@@ -208,8 +206,12 @@ class _Lowering:
         def step(*flat: Tensor) -> tuple[()]:
             memory = dict(zip(map(id, everything), flat, strict=True))
             values = Ordered(graph, vector_bits()).run(*flat[: len(given)])
-            for target, value in zip(targets, values, strict=True):
-                memory[id(target)].copy_(value)
+            moves = [(memory[id(target)], value) for target, value in zip(targets, values, strict=True)]
+            places = {t.untyped_storage()._cdata for t in flat}
+            # an input that is given back as another result is read before it is overwritten
+            moves = [(t, v.clone() if v is not t and v.untyped_storage()._cdata in places else v) for t, v in moves]
+            for target, value in moves:
+                target.copy_(value)
             return ()
 
         with self.mode:
@@ -234,8 +236,7 @@ class _Lowering:
             state = [torch.empty(c.shape, dtype=c.dtype) for c in scan.carry]
             slices = [torch.empty(x.shape[1:], dtype=x.dtype) for x in scan.xs]
             ys = [torch.empty(shape, dtype=dtype) for shape, dtype in body.results[body.carry :]]
-        graph = simplify(WrittenLate(body.graph, copy.deepcopy(body.graph.graph)))
-        inner = self.instructions(graph, [*state, *slices, *scan.fixed], body.carry, ys)
+        inner = self.instructions(body.plain, [*state, *slices, *scan.fixed], body.carry, ys)
         last, kept, given = (
             scan.results[: body.carry],
             scan.results[body.carry : 2 * body.carry],

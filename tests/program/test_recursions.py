@@ -1,0 +1,180 @@
+"""Recursions in Python loops become scans, wherever rounds look back, and stay what they were."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from bbvi_conv.program import batching
+from bbvi_conv.program.aten_graph import to_graph
+from bbvi_conv.program.graphs import simplify
+from bbvi_conv.program.recursions import _periodic
+from bbvi_conv.program.scan import BODIES, repeated
+from bbvi_conv.program.trace import over_draws
+
+ROUNDS = 60
+A, B = torch.randn(2, ROUNDS, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+
+vectorised = functools.partial(over_draws, vectorise=True)
+
+
+def smoothed(a: Tensor, b: Tensor) -> Tensor:
+    """Exponential smoothing, whose residuals are summed outside; numbers of Python's differ from round to round."""
+    level, loss = a[0], torch.zeros_like(a[0])
+    for t in range(1, ROUNDS):
+        loss = loss + (b[t] - level.sin()) ** 2 * (1 + t / 10)
+        level = a[3].sigmoid() * level + a[t] * 0.3 + t / 100
+    return loss
+
+
+def looks_back(a: Tensor, b: Tensor) -> Tensor:
+    """Two and three rounds back, by two series that feed each other."""
+    x, v = [a[0], a[1], a[2]], [b[0].exp()] * 2
+    for t in range(3, ROUNDS):
+        v.append(0.1 + 0.3 * x[t - 1] ** 2 + 0.2 * v[-2] + b[t].exp() * 0.1)
+        x.append(torch.tanh(0.5 * x[t - 1] - 0.2 * x[t - 3] + a[t] * v[-1].sqrt()))
+    return (torch.stack(x) * b).sum() + torch.stack(v).log().sum()
+
+
+def one_after_the_other(a: Tensor, b: Tensor) -> Tensor:
+    """The second goes back over what the first has made; and neither knows its inputs but by the carry and b[5]."""
+    xs = [a[0]]
+    for _ in range(ROUNDS):
+        xs.append((1.1 * xs[-1]).sin() + b[5])
+    back = b[0]
+    for x in reversed(xs):
+        back = (back - x).tanh() * 0.9
+    return back + xs[-1]
+
+
+def filtered(a: Tensor, b: Tensor) -> Tensor:
+    """A Kalman filter: matrices, an inverse, and a log-determinant of every round."""
+    turn = torch.stack([torch.stack([a[0].cos(), -a[0].sin()]), torch.stack([a[0].sin(), a[0].cos()])])
+    mean, cov, loss = b[:2] * 0, torch.eye(2, dtype=a.dtype), a[0] * 0
+    for t in range(ROUNDS // 2):
+        mean, cov = turn @ mean, turn @ cov @ turn.T + 0.1 * torch.eye(2, dtype=a.dtype)
+        total = cov + b[1].exp() * torch.eye(2, dtype=a.dtype)
+        gain = torch.linalg.solve(total, cov).T
+        rest = torch.stack([a[2 * t], b[2 * t]]) - mean
+        loss = loss + torch.logdet(total) + rest @ torch.linalg.solve(total, rest)
+        mean, cov = mean + gain @ rest, cov - gain @ cov
+    return loss
+
+
+def forward_algorithm(a: Tensor, b: Tensor) -> Tensor:
+    """Largest entries are taken off, and kept out of the derivative: an operation of two results, one unused."""
+    jump = (a[:9].reshape(3, 3)).log_softmax(-1)
+    message = jump[0]
+    for t in range(ROUNDS):
+        top = message.detach().max(-1, keepdim=True)[0]
+        emitted = -((a[t] - b[:3]) ** 2)
+        message = top + ((message - top).exp() @ jump.exp()).log() + emitted
+    return message.logsumexp(-1)
+
+
+with torch.random.fork_rng():
+    torch.manual_seed(1)
+    cell = nn.GRUCell(1, 3).double()
+
+
+def recurrent(a: Tensor, b: Tensor) -> Tensor:
+    state, loss = torch.zeros(3, dtype=a.dtype), a[0] * 0
+    for t in range(ROUNDS):
+        state = cell(a[t : t + 1], state)
+        loss = loss + (state.sum() - b[t]) ** 2
+    return loss
+
+
+def with_a_break(a: Tensor, b: Tensor) -> Tensor:
+    """Every twentieth round starts anew, from another number."""
+    x, loss = a[0], a[0]
+    for t in range(ROUNDS):
+        x = b[t // 20] if t % 20 == 19 else (0.9 * x + a[t]).sin()
+        loss = loss + x * x
+    return loss
+
+
+def what_goes_out_comes_back(a: Tensor, b: Tensor) -> Tensor:
+    """A part of every round hangs on the carry and nothing else of the chain: it is one of the recursion's own."""
+    x, total = a[0], a[0]
+    for t in range(ROUNDS):
+        side = (x * b[t]).cos().exp()
+        x = torch.tanh(a[t] + 0.4 * x) * side
+        total = total + side
+    return total
+
+
+FUNCTIONS = [smoothed, looks_back, one_after_the_other, filtered, forward_algorithm, recurrent]
+
+
+def graphs(function: Callable[..., Tensor]) -> tuple[GraphModule, GraphModule]:
+    """As it is traced, and with its rounds together."""
+    graph = simplify(to_graph(lambda a, b: (function(a, b),), A.clone(), B.clone()), differentiable=True)
+    groups = batching.plan(graph)
+    assert groups is not None
+    run = batching.batched(graph, groups, vectorised, repeated)
+    return graph, simplify(to_graph(run, A.clone(), B.clone(), functional=False), differentiable=True)
+
+
+def scans(graph: GraphModule) -> list[Any]:
+    return graph.graph.find_nodes(op="call_function", target=torch.ops.bbvi_conv.scan.default)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_loop_is_a_scan_and_has_its_derivatives(function: Any) -> None:
+    graph, rolled = graphs(function)
+    assert len(rolled.graph.nodes) < len(graph.graph.nodes) / 3
+    assert len(scans(rolled)) == (2 if function is one_after_the_other else 1)
+    found = []
+    for run in (lambda a, b: rolled(a, b)[0], function):
+        leaves = [A.clone().requires_grad_(), B.clone().requires_grad_()]
+        value = run(*leaves)
+        slopes = torch.autograd.grad(value, leaves, create_graph=True)
+        bent = torch.autograd.grad(sum((s * s).sum() for s in slopes), leaves)
+        found.append([value.detach(), *(s.detach() for s in slopes), *bent])
+    for ours, right in zip(*found, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-11)
+        assert right.abs().max() > 1e-3
+
+
+def test_it_maps_over_draws() -> None:
+    _, rolled = graphs(looks_back)
+    many = torch.stack([A, A.flip(0), B])
+    found = torch.vmap(lambda a: rolled(a, B)[0])(many)
+    torch.testing.assert_close(found, torch.stack([looks_back(a, B) for a in many]))
+
+
+@pytest.mark.parametrize("function", [with_a_break, what_goes_out_comes_back])
+def test_whatever_becomes_of_a_loop_it_gives_the_same(function: Any) -> None:
+    graph, rolled = graphs(function)
+    torch.testing.assert_close(rolled(A, B)[0], function(A, B))
+    assert len(rolled.graph.nodes) < len(graph.graph.nodes) / 2
+    assert scans(rolled)
+
+
+def test_a_round_holds_only_what_waits() -> None:
+    _, rolled = graphs(smoothed)
+    (scan,) = scans(rolled)
+    body = BODIES[scan.args[0]].graph
+    assert sum(node.op == "call_function" for node in body.graph.nodes) <= 4  # products, and two sums at most
+
+
+@pytest.mark.parametrize(
+    ("signatures", "found"),
+    [
+        ("xy" + "abc" * 9 + "zz", (2, 3, 9)),
+        ("aaaaaaaab" * 12, (0, 9, 12)),
+        ("a" * 8, (0, 1, 8)),
+        ("ab" * 7, None),
+        ("abcdefgh", None),
+        ("", None),
+    ],
+)
+def test_periods(signatures: str, found: Any) -> None:
+    assert _periodic(signatures) == found
