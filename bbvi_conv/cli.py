@@ -358,7 +358,3 @@ def _sentence(error: Exception, model: ModelFile | None) -> str | None:
     if isinstance(error, RuntimeError | IndexError) and model is not None:
         return f"{model.path}: {said}"
     return None
-
-
-if __name__ == "__main__":
-    app()

@@ -103,7 +103,7 @@ class _Search:
         start, period, count = run
         rounds = [tuple(self.left[at : at + period]) for at in range(start, start + period * count, period)]
         self._look(self._on_the_way(rounds))
-        gone = {node for one in (*self.found, rounds) for nodes in getattr(one, "rounds", one) for node in nodes}
+        gone = set(itertools.chain(*rounds, *(nodes for one in self.found for nodes in one.rounds)))
         self.left = [node for node in self.left if node not in gone]
         return True
 

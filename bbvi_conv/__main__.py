@@ -1,0 +1,5 @@
+"""``python -m bbvi_conv`` is ``bbvi-conv``."""
+
+from bbvi_conv.cli import app
+
+app(prog_name="bbvi-conv")
