@@ -15,6 +15,7 @@ from bbvi_conv.optim import Optimiser
 from bbvi_conv.program.aten_graph import Untraceable, first_sentence
 from bbvi_conv.program.graphs import widths
 from bbvi_conv.program.program import Program
+from bbvi_conv.program.scan import operations
 from bbvi_conv.program.trace import TracedLogWeights
 
 ENGINES = ("auto", "eager", "traced", "compiled", "cuda-graph")
@@ -78,7 +79,7 @@ def make_engine(
 
 def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
     """The engine over a traced one: for ``"auto"`` the one that pays, with the reason."""
-    nodes = len(traced.one.graph.graph.nodes)
+    nodes, made = operations(traced.one.graph)
     device = traced.calculus.program.device
     if device.type == "cuda":
         return _captured(name, traced, steps * nodes * KERNEL_SECONDS)
@@ -92,11 +93,11 @@ def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
         found = engine.cached
         cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * nodes
         numbers = traced.num_seeds * sum(widths(traced.one.graph))
-        saved = steps * (STEP_SECONDS_PER_NODE * nodes + STEP_SECONDS_PER_NUMBER * numbers)
+        saved = steps * (STEP_SECONDS_PER_NODE * made + STEP_SECONDS_PER_NUMBER * numbers)
         if name == "auto" and not found and saved < cost:
             traced.reason = f"the program traces, and {steps:,.0f} steps do not repay compiling"
             return traced
-        made = engine.prepare()
+        built = engine.prepare()
     except (CannotCompile, NoCompiler) as error:
         if name == "compiled":
             raise ValueError(f'the program cannot be compiled: {error}; use engine="traced" or "auto"') from error
@@ -104,7 +105,7 @@ def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
         traced.reason = f"the program traces, but cannot be compiled: {error}"
         return traced
     if name == "auto":
-        engine.reason = "compiled for this run" if made else "compiled by an earlier run"
+        engine.reason = "compiled for this run" if built else "compiled by an earlier run"
     return engine
 
 

@@ -95,6 +95,16 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, re
     return tree_unflatten(list(last), carry_spec), tree_unflatten(list(ys), y_spec)
 
 
+def operations(graph: GraphModule) -> tuple[int, int]:
+    """Operations that are written down in a graph and in the rounds of its scans; and those that a run of it makes."""
+    written = made = len(graph.graph.nodes)
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.bbvi_conv.scan.default):
+        name, _, (x, *_), *_ = node.args
+        more, run = operations(BODIES[name].plain)
+        written, made = written + more, made + x.meta["tensor_meta"].shape[0] * run
+    return written, made
+
+
 def repeated(
     function: Callable[..., tuple[Tensor, ...]],
     carry: list[Tensor],
@@ -436,4 +446,4 @@ def _(
     return made, [*[0] * len(carry), *[1] * (len(made) - len(carry))]
 
 
-__all__ = ["BODIES", "Body", "scan"]
+__all__ = ["BODIES", "Body", "operations", "repeated", "scan"]

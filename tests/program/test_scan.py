@@ -16,6 +16,7 @@ from bbvi_conv.engine import Stream, make_engine, start_carry
 from bbvi_conv.optim import Adam, InverseSqrt
 from bbvi_conv.program.aten_graph import Untraceable, to_graph
 from bbvi_conv.program.build import build
+from bbvi_conv.program.scan import operations
 
 ROUNDS = 6
 A, B, C = (torch.tensor(v, dtype=torch.float64) for v in (0.7, (0.4, -1.1), 0.3))
@@ -53,6 +54,14 @@ def test_values_and_derivatives_are_those_of_the_loop(reverse: bool) -> None:
     second, wanted = (torch.autograd.grad(y, args) for y in mixed)
     torch.testing.assert_close(second, wanted)
     assert max(float(g.abs().sum()) for g in wanted) > 0.01
+
+
+def test_what_rounds_cost_is_counted() -> None:
+    graph = traced()
+    alone = len(graph.graph.nodes)
+    written, made = operations(graph)
+    assert written - alone > 10  # the round's own
+    assert made - alone == ROUNDS * (written - alone)
 
 
 def test_a_round_with_a_solver_has_its_curvature() -> None:
