@@ -14,7 +14,7 @@ import functools
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from bbvi_conv.program.constants import changes
+from bbvi_conv.program.constants import changes, overwritten
 from bbvi_conv.program.graph_module import constant
 from bbvi_conv.program.pieces import MANY, VIEWS, Pieces, taken
 from bbvi_conv.program.recursions import Recursion, recursions
@@ -59,21 +59,22 @@ def plan(graph: GraphModule) -> list[Group] | None:
     Numbers that differ from round to round become constants of the graph.
     """
     nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
-    if len(nodes) < WORTH or any(map(changes, nodes)):
+    if len(nodes) < WORTH:
         return None
     _keep_numbers_apart(graph, nodes)
-    free = _free(graph)
-    sums = _sums(nodes)
+    memory = _memory(graph, nodes)
+    free = _free(graph).difference(memory.met)
+    sums = _sums([node for node in nodes if node not in memory.met])
     inner = {node for terms, between in sums.values() for node in between}
     waiting = {node: (sums[node][0] if node in sums else inputs(node)) for node in nodes}
     waiting = {node: ins for node, ins in waiting.items() if node not in free and node not in inner}
     own = _signatures(graph.graph.nodes, free)
-    found = list(_scheduled(waiting, sums, free, _alike(own, ()), ()))
-    alone = {group.nodes[0] for group in found if len(group.nodes) == 1 and not group.terms}
+    found = list(_scheduled(waiting, sums, free, _alike(own, (), memory.met), (), memory))
+    alone = {group.nodes[0] for group in found if len(group.nodes) == 1 and not group.terms}.difference(memory.met)
     alone |= {part for node in alone for part in node.users if part.target is operator.getitem}
     loops = recursions([node for node in nodes if node in alone], own.__getitem__, inputs)
     if loops:
-        found = list(_scheduled(waiting, sums, free, _alike(own, loops), loops))
+        found = list(_scheduled(waiting, sums, free, _alike(own, loops, memory.met), loops, memory))
     size = sum(len(group.recursion.reads) if group.recursion else 1 for group in found)
     return found if GAIN * size <= len(nodes) else None
 
@@ -243,6 +244,27 @@ def _free(graph: GraphModule) -> set[Node]:
     return views | results
 
 
+class _Memory(NamedTuple):
+    """Memory that operations write to.
+
+    Attributes:
+        nodes: what lies in it.
+        met: what meets it up to the last that writes; each with the one before it, after which it has to run.
+        last: that one; later readers wait for it.
+    """
+
+    nodes: set[Node]
+    met: dict[Node, Node | None]
+    last: Node
+
+
+def _memory(graph: GraphModule, nodes: Sequence[Node]) -> _Memory:
+    found = overwritten(graph)
+    written = nodes[: max((place for place, node in enumerate(nodes, 1) if changes(node)), default=0)]
+    met = [node for node in written if node in found or not found.isdisjoint(node.all_input_nodes)]
+    return _Memory(found, dict(zip(met, [None, *met], strict=False)), nodes[len(written) - 1])
+
+
 def _sums(nodes: Sequence[Node]) -> dict[Node, tuple[tuple[Node, ...], tuple[Node, ...]]]:
     """Long sums of tensors of one shape: the last addition -> its terms, and the additions before it."""
 
@@ -283,7 +305,7 @@ def _signatures(nodes: Iterable[Node], free: set[Node]) -> dict[Node, int]:
     return found
 
 
-def _alike(own: dict[Node, int], loops: Sequence[Recursion]) -> dict[Node, int | None]:
+def _alike(own: dict[Node, int], loops: Sequence[Recursion], apart: Collection[Node]) -> dict[Node, int | None]:
     """The same number for nodes that can run as one, by their own; None for those that run alone.
 
     They have inputs of the same kinds, and what these come from is alike too. That goes back a few operations, or to a
@@ -297,7 +319,7 @@ def _alike(own: dict[Node, int], loops: Sequence[Recursion]) -> dict[Node, int |
             node: number if node in given else hash((number, *(found[source] for source in inputs(node))))
             for node, number in own.items()
         }
-    return {node: found[node] if _can_be_mapped(node) else None for node in own}
+    return {node: found[node] if _can_be_mapped(node) and node not in apart else None for node in own}
 
 
 def _can_be_mapped(node: Node) -> bool:
@@ -317,6 +339,7 @@ def _scheduled(
     free: set[Node],
     signatures: dict[Node, Any],
     loops: Sequence[Recursion],
+    memory: _Memory,
 ) -> Iterator[Group]:
     """Groups of what is ready.
 
@@ -328,8 +351,13 @@ def _scheduled(
     waiting = {n: whole[n].needed if n in whole else ins for n, ins in waiting.items() if stands_for.get(n, n) is n}
 
     def needed(node: Node) -> Iterator[Node]:
-        """What is computed, of a node's inputs, or of what they are views of."""
+        """What is computed, of a node's inputs, or of what they are views of; and what comes before in memory."""
+        before = memory.met.get(node)
+        if before is not None:
+            yield before
         for source in waiting[node]:
+            if source in memory.nodes and node not in memory.met:
+                yield memory.last
             while source in free:
                 source = source.args[0]  # type: ignore[assignment]
             source = stands_for.get(source, source)

@@ -12,10 +12,10 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
-from pyro.ops.rings import LogRing
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from bbvi_conv.program.elimination import InOrder
 from bbvi_conv.program.structure import is_enumerated, missing_latent, random_sites
 
 
@@ -263,7 +263,7 @@ def _summed(
         for f in factors:
             tree.setdefault(_ordinal(trace, f.site), []).append(f.density)
         dims = set().union(*(f.enumerated for f in factors))
-        ring = LogRing(dim_to_size={symbol: frame.size for symbol, frame in frames.items()})
+        ring = InOrder(dim_to_size={symbol: frame.size for symbol, frame in frames.items()})
         try:
             found = contract_to_tensor(tree, dims, target_ordinal=shared, ring=ring)
         except NotImplementedError as error:

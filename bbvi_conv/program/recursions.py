@@ -119,17 +119,21 @@ class _Search:
     def _on_the_way(self, rounds: Sequence[_Round]) -> Sequence[_Round]:
         """The rounds with those operations alone that lie between what one round gets and what it hands on."""
         usual = _most_common(self._patterns(rounds))
-        waits: list[bool] = []
-        for sources in usual:
-            waits.append(any(s is not None and (s.lag > 0 or waits[s.place]) for s in sources))
-        leads = {s.place for sources in usual for s in sources if s is not None and s.lag > 0}
-        for place in reversed(range(len(usual))):
-            if place in leads:
-                leads.update(s.place for s in usual[place] if s is not None)
-        kept = [wait and place in leads for place, wait in enumerate(waits)]
+        kept, before = [True] * len(usual), None
+        while kept != before:  # what is taken from the round before counts where that is itself on the way
+            before = kept
+            waits: list[bool] = []
+            for sources in usual:
+                waits.append(any(s is not None and (before if s.lag else waits)[s.place] for s in sources))
+            on = [sources for sources, is_on in zip(usual, before, strict=True) if is_on]
+            leads = {s.place for sources in on for s in sources if s is not None and s.lag > 0}
+            for place in reversed(range(len(usual))):
+                if place in leads:
+                    leads.update(s.place for s in usual[place] if s is not None)
+            kept = [wait and place in leads for place, wait in enumerate(waits)]
         for place, node in enumerate(rounds[0]):  # several results stay together
             if node.target is operator.getitem and waits[place]:
-                kept[place] = any(s is not None and s.lag == 0 and kept[s.place] for s in usual[place])
+                kept[place] = any(kept[s.place] for s in usual[place] if s is not None and s.lag == 0)
         return [tuple(itertools.compress(nodes, kept)) for nodes in rounds] if any(kept) else ()
 
     def _look(self, rounds: Sequence[_Round]) -> None:
