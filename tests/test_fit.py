@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 import os
@@ -153,7 +154,20 @@ def test_networks_of_a_script_take_small_steps_by_default() -> None:
     assert fit.run.rule == bc.Adam(bc.InverseSqrt(0.1), max_norm=10.0)
     assert not fit.state.frozen
     assert fit.state.losses[-1][2] < 0.5 * fit.state.losses[0][2]
-    assert bc.fit(normal_mean, args=(rows(),), max_steps=1, **QUICK).run.rule == bc.Adam(bc.InverseSqrt(0.3))
+
+
+def test_what_is_no_network_takes_large_ones() -> None:
+    class Model(nn.Module, abc.ABC):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.eye(3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> None:
+            pyro.module("model", self)
+            normal_mean(x @ self.matrix)
+
+    for model in (normal_mean, Model()):
+        assert bc.fit(model, args=(rows(),), max_steps=1, **QUICK).run.rule == bc.Adam(bc.InverseSqrt(0.3))
 
 
 # ---- not converged ----

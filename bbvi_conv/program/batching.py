@@ -11,6 +11,7 @@ https://arxiv.org/abs/1705.07860
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
 import operator
 from collections import defaultdict
@@ -74,9 +75,9 @@ def plan(graph: GraphModule) -> list[Group] | None:
     alone |= {part for node in alone for part in node.users if part.target is operator.getitem}
     loops = recursions([node for node in nodes if node in alone], own.__getitem__, inputs)
     if loops:
-        found = list(_scheduled(waiting, sums, free, _alike(own, loops, memory.met), loops, memory))
+        found = list(_scheduled(waiting, sums, free, _alike(own, loops, memory.met), loops, memory)) or found
     size = sum(len(group.recursion.reads) if group.recursion else 1 for group in found)
-    return found if GAIN * size <= len(nodes) else None
+    return found if found and GAIN * size <= len(nodes) else None
 
 
 def batched(
@@ -147,7 +148,9 @@ class _Values:
                 self.alone[node] = self._made[number][place]
             elif node.op == "get_attr":
                 self.alone[node] = getattr(self._graph, str(node.target))
-            else:  # a view that nobody had to compute
+            elif node.target not in VIEWS:
+                raise RuntimeError(f"{node} is asked for before it has run")
+            else:  # which nobody had to compute
                 self.alone[node] = _call(node, *map(self.of, inputs(node)))
         return self.alone[node]
 
@@ -230,6 +233,7 @@ def _free(graph: GraphModule) -> set[Node]:
 
     So are the results of an operation that has several.
     """
+    parts: dict[Node, int] = {}
     views: set[Node] = set()
     results: set[Node] = set()
     for node in graph.graph.nodes:
@@ -237,7 +241,9 @@ def _free(graph: GraphModule) -> set[Node]:
             continue
         source = node.args[0]
         outside = source.op in ("placeholder", "get_attr")
-        if outside or source in views or sum(user.target in VIEWS for user in source.users) >= MANY:
+        if source not in parts:
+            parts[source] = sum(user.target in VIEWS for user in source.users)
+        if outside or source in views or parts[source] >= MANY:
             views.add(node)
         elif node.target is operator.getitem:
             results.add(node)
@@ -268,8 +274,11 @@ def _memory(graph: GraphModule, nodes: Sequence[Node]) -> _Memory:
 def _sums(nodes: Sequence[Node]) -> dict[Node, tuple[tuple[Node, ...], tuple[Node, ...]]]:
     """Long sums of tensors of one shape: the last addition -> its terms, and the additions before it."""
 
+    allowed = set(nodes)
+
     def is_sum(node: Node) -> bool:
-        return node.target is _aten.add.Tensor and not node.kwargs and _same_kind(node, inputs(node))
+        plain = node in allowed and node.target is _aten.add.Tensor and not node.kwargs
+        return plain and node.meta["tensor_meta"].dtype.is_floating_point and _same_kind(node, inputs(node))
 
     found = {}
     inner: set[Node] = set()
@@ -279,7 +288,7 @@ def _sums(nodes: Sequence[Node]) -> dict[Node, tuple[tuple[Node, ...], tuple[Nod
         terms, between, pending = [], [], list(inputs(last))
         while pending:
             node = pending.pop()
-            if is_sum(node) and len(node.users) == 1:
+            if is_sum(node) and [n for user in node.users for n in inputs(user)].count(node) == 1:
                 between.append(node)
                 pending += inputs(node)
             else:
@@ -344,7 +353,7 @@ def _scheduled(
     """Groups of what is ready.
 
     First the kinds of operations of which all that are left are ready, then those whose nodes are nearest to the start
-    in the mean: what waits for a recursion runs when that is through.
+    in the mean: what waits for a recursion runs when that is through. Nothing where something would wait for itself.
     """
     whole = {loop.rounds[0][0]: loop for loop in loops}
     stands_for = {node: first for first, loop in whole.items() for nodes in loop.rounds for node in nodes}
@@ -372,6 +381,8 @@ def _scheduled(
         for source in sources:
             users[source].append(node)
     depth = _depths(missing, users)
+    if not depth:
+        return
     kinds: dict[Any, list[Node]] = defaultdict(list)
     for node in waiting:
         signature = None if node in sums or node in whole else signatures[node]
@@ -381,11 +392,21 @@ def _scheduled(
     left = {kind: len(nodes) for kind, nodes in kinds.items()}
     mean = {kind: sum(depth[node] for node in nodes) / len(nodes) for kind, nodes in kinds.items()}
     ready: dict[Any, list[Node]] = defaultdict(list)
+    turns: list[tuple[bool, float, int, Any]] = []  # of kinds, some of them out of date
+    number = itertools.count()
+
+    def add(node: Node) -> None:
+        kind = kind_of[node]
+        ready[kind].append(node)
+        heapq.heappush(turns, (len(ready[kind]) < left[kind], mean[kind], next(number), kind))
+
     for node, count in missing.items():
         if count == 0:
-            ready[kind_of[node]].append(node)
-    while ready:
-        kind = min(ready, key=lambda k: (len(ready[k]) < left[k], mean[k]))
+            add(node)
+    while turns:
+        partly, _, _, kind = heapq.heappop(turns)
+        if kind not in ready or partly != (len(ready[kind]) < left[kind]):
+            continue
         nodes = sorted(ready.pop(kind), key=order.__getitem__)
         left[kind] -= len(nodes)
         if nodes[0] in sums:
@@ -400,11 +421,11 @@ def _scheduled(
             for user in users[node]:
                 missing[user] -= 1
                 if missing[user] == 0:
-                    ready[kind_of[user]].append(user)
+                    add(user)
 
 
 def _depths(missing: dict[Node, int], users: dict[Node, list[Node]]) -> dict[Node, int]:
-    """How many operations at least come before each, itself counted in."""
+    """How many operations at least come before each, itself counted in; of none where some wait for themselves."""
     left = dict(missing)
     depth = {node: 1 for node, count in left.items() if count == 0}
     pending = list(depth)
@@ -414,4 +435,4 @@ def _depths(missing: dict[Node, int], users: dict[Node, list[Node]]) -> dict[Nod
             left[user] -= 1
             if left[user] == 0:
                 pending.append(user)
-    return depth
+    return depth if len(pending) == len(missing) else {}

@@ -62,7 +62,7 @@ def round_products(graph: GraphModule, dtype: torch.dtype) -> int:
     """
     products = _products(graph)
     for node in products:
-        for source in set(node.all_input_nodes):
+        for source in node.all_input_nodes:
             with graph.graph.inserting_before(node):
                 node.replace_input_with(source, _cast(graph, source, dtype))
         for made in [node] if "tensor_meta" in node.meta else list(node.users):

@@ -92,6 +92,11 @@ class Rows(Messenger):  # type: ignore[misc]
         msg["value"], msg["done"] = torch.arange(size) if rows is None else rows, True
 
 
+def _is_of_torch(kind: type) -> bool:
+    """Whether a class is one of the layers of ``torch.nn``."""
+    return issubclass(kind, nn.Module) and kind is not nn.Module and kind.__module__.startswith("torch.nn.")
+
+
 def _unchecked(fn: Distribution, value: Tensor) -> None:
     """In place of a distribution's look at a value."""
 
@@ -207,7 +212,7 @@ class Program:
     def layered(self) -> bool:
         """Whether a leaf is a matrix of a layer of ``torch.nn``: steps on what acts through layers have to be small."""
         trained = {id(leaf.tensor) for leaf in self.leaves}
-        layers = (m for m in self.modules if any(c.__module__.startswith("torch.nn.") for c in type(m).__mro__[:-2]))
+        layers = (m for m in self.modules if any(map(_is_of_torch, type(m).__mro__)))
         return any(id(p) in trained and p.dim() > 1 for m in layers for p in m.parameters(recurse=False))
 
     @property

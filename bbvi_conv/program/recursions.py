@@ -93,6 +93,7 @@ class _Search:
     ) -> None:
         self.found: list[Recursion] = []
         self.left = list(nodes)
+        self._nodes = frozenset(nodes)
         self._signature, self._inputs = signature, inputs
 
     def goes_on(self) -> bool:
@@ -101,10 +102,14 @@ class _Search:
         if run is None:
             return False
         start, period, count = run
+        if self.left[start].target is operator.getitem:  # a round begins with an operation of its own
+            shift = next((n for n in range(period) if self.left[start + n].target is not operator.getitem), 0)
+            start, count = start + shift, count - 1
         rounds = [tuple(self.left[at : at + period]) for at in range(start, start + period * count, period)]
         self._look(self._on_the_way(rounds))
         gone = set(itertools.chain(*rounds, *(nodes for one in self.found for nodes in one.rounds)))
         self.left = [node for node in self.left if node not in gone]
+        self._nodes = frozenset(self.left)
         return True
 
     def _patterns(self, rounds: Sequence[_Round]) -> list[_Pattern]:
@@ -152,7 +157,7 @@ class _Search:
             stop = max(stop, start + 1)
 
     def _longest(self, rounds: Sequence[_Round], pattern: _Pattern) -> Recursion | None:
-        """The recursion of these rounds, and of as many before them as are alike."""
+        """The recursion of these rounds, and of as many before them as belong to it."""
         best = self._recursion(rounds, pattern)
         while best is not None:
             before = self._round_before(best.rounds[0], pattern)
@@ -175,7 +180,7 @@ class _Search:
             place, node = pending.pop()
             if known.get(place) is node:
                 continue
-            if place in known or node not in self.left or self._signature(node) != self._signature(first[place]):
+            if place in known or node not in self._nodes or self._signature(node) != self._signature(first[place]):
                 return None
             known[place] = node
             pairs = zip(pattern[place], self._inputs(node), strict=True)
@@ -191,10 +196,14 @@ class _Search:
             return None
         before: dict[tuple[int, int], Node] = {}  # what is carried in: by rounds before the first, and place
         for source, column in pairs:
-            for r in range(0 if source is None else source.lag):
+            for r, node in enumerate(column if source is not None else ()):
                 assert source is not None
-                same = before.setdefault((source.lag - r, source.place), column[r]) is column[r]
-                if not same or _kind(column[r]) != _kind(rounds[0][source.place]):
+                given = (
+                    before.setdefault((source.lag - r, source.place), node)
+                    if r < source.lag
+                    else rounds[r - source.lag][source.place]
+                )
+                if node is not given or _kind(node) != _kind(rounds[0][source.place]):
                     return None
         carried = sorted(before)
         moving = [column for column in outside if len(set(column)) > 1]

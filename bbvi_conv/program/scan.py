@@ -224,7 +224,7 @@ def _register(
     given = (*carry, *x, *fixed)
     kinds = [Kind.of(t) for t in given]
 
-    def trace() -> tuple[GraphModule, list[Tensor], Sequence[Tensor]]:
+    def trace() -> tuple[GraphModule, GraphModule, list[Tensor], Sequence[Tensor]]:
         example = [_example(t, kind) for t, kind in zip(given, kinds, strict=True)]
         graph = to_graph(function, *example, functional=outer is not None)
         for name in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
@@ -235,11 +235,11 @@ def _register(
                 )
         _replace_detach(graph, torch.ops.bbvi_conv.stop.default if stops else None)
         graph, constants = lift(graph)
-        return graph, constants, graph(*example, *constants)
+        return graph, _plain(graph), constants, graph(*example, *constants)
 
-    graph, constants, made = _apart(trace)
+    graph, plain, constants, made = _apart(trace)
     name = hashlib.sha256(f"{graph.code}\n{kinds}\n{len(carry)} {len(x)}".encode()).hexdigest()[:24]
-    BODIES[name] = Body(graph, _plain(graph), len(carry), len(x), tuple((m.shape, m.dtype) for m in made))
+    BODIES[name] = Body(graph, plain, len(carry), len(x), tuple((m.shape, m.dtype) for m in made))
     return name, constants
 
 
@@ -269,10 +269,17 @@ def _replace_detach(graph: GraphModule, stop: Any) -> None:
 
 
 def _plain(graph: GraphModule) -> GraphModule:
-    found = WrittenLate(graph, copy.deepcopy(graph.graph))
-    for node in found.graph.find_nodes(op="call_function", target=torch.ops.bbvi_conv.stop.default):
-        node.replace_all_uses_with(node.args[0])
-    return simplify(found)
+    """The graph without derivatives: simpler, unless that would make constants of it, which a body has none of."""
+
+    def copied() -> GraphModule:
+        found = WrittenLate(graph, copy.deepcopy(graph.graph))
+        for node in found.graph.find_nodes(op="call_function", target=torch.ops.bbvi_conv.stop.default):
+            node.replace_all_uses_with(node.args[0])
+        found.graph.eliminate_dead_code()
+        return found
+
+    simple, constants = lift(simplify(copied()))
+    return copied() if constants else simple
 
 
 # ---- the operations ----

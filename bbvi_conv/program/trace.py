@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bbvi_conv.program.aten_graph import Untraceable, first_sentence, to_graph
-from bbvi_conv.program.batching import batched, plan
+from bbvi_conv.program.batching import WORTH, batched, plan
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.faithful import differing, total_and_slopes
+from bbvi_conv.program.graph_module import WrittenLate
 from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
@@ -96,23 +98,32 @@ class TracedLogWeights:
         if batch.indices is not None:
             flat.append(batch.indices)
         with buffers_kept(program.modules):  # clones: the tracer tells inputs apart by identity
-            graph = simplify(to_graph(function, *(x.clone() for x in flat)), differentiable=True)
-            graph = _with_rounds_together(graph, flat)
-            _check(graph, functools.partial(function, tracing=False), flat, names)
+            plain = simplify(to_graph(function, *(x.clone() for x in flat)), differentiable=True)
+            right = functools.partial(function, tracing=False)
+            graph = _with_rounds_together(plain, flat)
+            try:
+                _check(graph, right, flat, names)
+            except Untraceable:
+                if graph is plain:
+                    raise
+                graph = plain
+                _check(graph, right, flat, names)
         self._graphs[joint] = graph
 
 
 def _with_rounds_together(graph: GraphModule, example: Sequence[Tensor]) -> GraphModule:
-    """The graph with what a Python loop did round by round done at once, where that can be and pays."""
-    groups = plan(graph)
+    """The graph with the rounds of Python loops done at once; itself where that cannot be or does not pay."""
+    if len(graph.graph.nodes) < WORTH:
+        return graph
+    apart = WrittenLate(graph, copy.deepcopy(graph.graph))
+    groups = plan(apart)
     if groups is None:
         return graph
     try:
-        run = batched(graph, groups, functools.partial(over_draws, vectorise=True), repeated)
-        made = to_graph(run, *(x.clone() for x in example), functional=False)
+        run = batched(apart, groups, functools.partial(over_draws, vectorise=True), repeated)
+        return simplify(to_graph(run, *(x.clone() for x in example), functional=False), differentiable=True)
     except (Untraceable, RuntimeError):  # an operation that vmap cannot map
         return graph
-    return simplify(made, differentiable=True)
 
 
 def _check(graph: GraphModule, function: Callable[..., Any], flat: Sequence[Tensor], names: Sequence[str]) -> None:

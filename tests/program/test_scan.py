@@ -175,7 +175,8 @@ def second_order(y: Tensor) -> None:
     a = pyro.sample("a", dist.Normal(y.new_zeros(2), 0.5).to_event(1))
 
     def step(before: tuple[Tensor, Tensor], x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        new = torch.tanh(a[0] * before[0] + a[1] * before[1] + 0.3 * x)
+        known = torch.tensor(0.5, dtype=x.dtype).exp()
+        new = torch.tanh(a[0] * before[0] + a[1] * before[1] + 0.3 * known * x)
         return (new, before[0]), before[1]
 
     _, means = bc.scan(step, (y[0], y[1]), y[2:])
