@@ -51,7 +51,7 @@ STEPS = 500
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "bbvi_conv.cli", *map(str, arguments), "--quiet"]
+    return [sys.executable, "-m", "bbvi_conv", *map(str, arguments), "--quiet"]
 
 
 def fit_command(spec: str, out: Path) -> list[str]:
