@@ -6,6 +6,7 @@ import abc
 import json
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -133,24 +134,9 @@ def test_rules_by_default() -> None:
         assert Settings(family=family, minibatch=rows).rule() == bc.Adam(bc.Constant(1e-3))
 
 
-def test_networks_of_a_script_take_small_steps_by_default() -> None:
-    x = rows(20, 30)
-    torch.manual_seed(0)
+def test_networks_of_a_script_take_small_steps_by_default(coder: Callable[..., Any]) -> None:
     encoder, decoder = nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 4)).double(), nn.Linear(2, 30).double()
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z), 0.1).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            loc, log_scale = encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-    fit = bc.fit(model, guide, (x,), max_steps=100, engine="traced", **QUICK)
+    fit = bc.fit(*coder(encoder, decoder), (10.0 * rows(20, 30),), max_steps=100, engine="traced", **QUICK)
     assert fit.run.rule == bc.Adam(bc.InverseSqrt(0.1), max_norm=10.0)
     assert not fit.state.frozen
     assert fit.state.losses[-1][2] < 0.5 * fit.state.losses[0][2]

@@ -20,7 +20,7 @@ from bbvi_conv.program.enumeration import Enumerated, check_enumerated, enumerat
 from bbvi_conv.program.faithful import generator_state
 from bbvi_conv.program.noise import random_state
 from bbvi_conv.program.program import NOISY_GUIDE, ParamValues, Rows, anew, guide_trace
-from bbvi_conv.program.structure import Structure, analyse, check_guide, is_plate, random_sites, revalued
+from bbvi_conv.program.structure import Structure, analyse, check_guide, is_plate, random_sites, revalued, subsampling
 from bbvi_conv.program.tape import Tape
 from bbvi_conv.program.terms import Terms, collect
 
@@ -145,7 +145,7 @@ class _StockDraws:
 
     def factor(self, frame: Any) -> float:
         """N/B of a plate that the model subsamples."""
-        return (frame.full_size or frame.size) / frame.size if frame.vectorized else 1.0
+        return subsampling(frame) if frame.vectorized else 1.0
 
     @contextmanager
     def _no_noise(self) -> Iterator[None]:

@@ -10,12 +10,13 @@ https://arxiv.org/abs/1705.07860
 
 from __future__ import annotations
 
+import copy
 import functools
 import heapq
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from bbvi_conv.program.constants import changes, overwritten
-from bbvi_conv.program.graph_module import constant
+from bbvi_conv.program.graph_module import WrittenLate, constant
 from bbvi_conv.program.pieces import MANY, VIEWS, Pieces, taken
 from bbvi_conv.program.recursions import Recursion, recursions
 
@@ -46,6 +47,9 @@ GAIN = 2
 _WITH_NUMBERS = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
 
 
+_Inputs = Mapping[Node, tuple[Node, ...]]
+
+
 class Group(NamedTuple):
     """Operations that run as one; or a sum of many ``terms``; or a ``recursion``, of which it has the first node."""
 
@@ -54,48 +58,58 @@ class Group(NamedTuple):
     recursion: Recursion | None = None
 
 
-def plan(graph: GraphModule) -> list[Group] | None:
-    """Groups in an order in which they can run; None where there is too little to gain.
+class Plan(NamedTuple):
+    """A graph like another, and its groups in an order in which they can run."""
 
-    Numbers that differ from round to round become constants of the graph.
+    graph: GraphModule
+    groups: list[Group]
+
+
+def plan(original: GraphModule) -> Plan | None:
+    """Groups of a copy of a graph; None where there is too little to gain.
+
+    Numbers of the copy that differ from round to round are constants.
     """
-    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
-    if len(nodes) < WORTH:
+    if sum(node.op == "call_function" for node in original.graph.nodes) < WORTH:
         return None
+    graph = WrittenLate(original, copy.deepcopy(original.graph))
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
     _keep_numbers_apart(graph, nodes)
+    ins = {node: inputs(node) for node in graph.graph.nodes}
     memory = _memory(graph, nodes)
     free = _free(graph).difference(memory.met)
-    sums = _sums([node for node in nodes if node not in memory.met])
+    sums = _sums([node for node in nodes if node not in memory.met], ins)
     inner = {node for terms, between in sums.values() for node in between}
-    waiting = {node: (sums[node][0] if node in sums else inputs(node)) for node in nodes}
-    waiting = {node: ins for node, ins in waiting.items() if node not in free and node not in inner}
+    waiting = {n: sums[n][0] if n in sums else ins[n] for n in nodes if n not in free and n not in inner}
     own = _signatures(graph.graph.nodes, free)
-    found = list(_scheduled(waiting, sums, free, _alike(own, (), memory.met), (), memory))
+
+    def groups(loops: Sequence[Recursion]) -> list[Group]:
+        tasks = _tasks(waiting, free, loops, memory)
+        return list(_scheduled(tasks, sums, _alike(own, ins, loops, memory.met), loops))
+
+    found = groups(())
     alone = {group.nodes[0] for group in found if len(group.nodes) == 1 and not group.terms}.difference(memory.met)
     alone |= {part for node in alone for part in node.users if part.target is operator.getitem}
-    loops = recursions([node for node in nodes if node in alone], own.__getitem__, inputs)
+    loops = recursions([node for node in nodes if node in alone], own.__getitem__, ins.__getitem__)
     if loops:
-        found = list(_scheduled(waiting, sums, free, _alike(own, loops, memory.met), loops, memory)) or found
+        found = groups(loops) or found
     size = sum(len(group.recursion.reads) if group.recursion else 1 for group in found)
-    return found if found and GAIN * size <= len(nodes) else None
+    return Plan(graph, found) if found and GAIN * size <= len(nodes) else None
 
 
 def batched(
-    graph: GraphModule,
-    groups: Sequence[Group],
-    vectorised: Callable[..., Any],
-    repeated: Callable[..., Sequence[Tensor]],
+    planned: Plan, vectorised: Callable[..., Any], repeated: Callable[..., Sequence[Tensor]]
 ) -> Callable[..., Any]:
     """The function of a graph, run group by group.
 
     ``vectorised(function, mapped)`` maps a function over the first dimension of some of its arguments, and
     ``repeated(step, carry, moving, fixed, length)`` gives what the rounds of a scan give.
     """
-    pieces = Pieces()
+    graph, pieces = planned.graph, Pieces()
 
     def run(*flat: Tensor) -> Any:
         known = _Values(graph, pieces, flat)
-        for group in groups:
+        for group in planned.groups:
             first = group.nodes[0]
             if group.recursion is not None:
                 loop = group.recursion
@@ -271,26 +285,25 @@ def _memory(graph: GraphModule, nodes: Sequence[Node]) -> _Memory:
     return _Memory(found, dict(zip(met, [None, *met], strict=False)), nodes[len(written) - 1])
 
 
-def _sums(nodes: Sequence[Node]) -> dict[Node, tuple[tuple[Node, ...], tuple[Node, ...]]]:
+def _sums(nodes: Sequence[Node], ins: _Inputs) -> dict[Node, tuple[tuple[Node, ...], tuple[Node, ...]]]:
     """Long sums of tensors of one shape: the last addition -> its terms, and the additions before it."""
-
     allowed = set(nodes)
 
     def is_sum(node: Node) -> bool:
         plain = node in allowed and node.target is _aten.add.Tensor and not node.kwargs
-        return plain and node.meta["tensor_meta"].dtype.is_floating_point and _same_kind(node, inputs(node))
+        return plain and node.meta["tensor_meta"].dtype.is_floating_point and _same_kind(node, ins[node])
 
     found = {}
     inner: set[Node] = set()
     for last in reversed(nodes):
         if last in inner or not is_sum(last):
             continue
-        terms, between, pending = [], [], list(inputs(last))
+        terms, between, pending = [], [], list(ins[last])
         while pending:
             node = pending.pop()
-            if is_sum(node) and [n for user in node.users for n in inputs(user)].count(node) == 1:
+            if is_sum(node) and sum(ins[user].count(node) for user in node.users) == 1:
                 between.append(node)
-                pending += inputs(node)
+                pending += ins[node]
             else:
                 terms.append(node)
         if len(terms) >= MANY:
@@ -314,7 +327,9 @@ def _signatures(nodes: Iterable[Node], free: set[Node]) -> dict[Node, int]:
     return found
 
 
-def _alike(own: dict[Node, int], loops: Sequence[Recursion], apart: Collection[Node]) -> dict[Node, int | None]:
+def _alike(
+    own: dict[Node, int], ins: _Inputs, loops: Sequence[Recursion], apart: Collection[Node]
+) -> dict[Node, int | None]:
     """The same number for nodes that can run as one, by their own; None for those that run alone.
 
     They have inputs of the same kinds, and what these come from is alike too. That goes back a few operations, or to a
@@ -325,14 +340,14 @@ def _alike(own: dict[Node, int], loops: Sequence[Recursion], apart: Collection[N
     found = own
     for _ in range(BACK):
         found = {
-            node: number if node in given else hash((number, *(found[source] for source in inputs(node))))
+            node: number if node in given else hash((number, *(found[source] for source in ins[node])))
             for node, number in own.items()
         }
-    return {node: found[node] if _can_be_mapped(node) and node not in apart else None for node in own}
+    return {node: found[node] if _can_be_mapped(node, ins[node]) and node not in apart else None for node in own}
 
 
-def _can_be_mapped(node: Node) -> bool:
-    target, sources = node.target, inputs(node)
+def _can_be_mapped(node: Node, sources: Sequence[Node]) -> bool:
+    target = node.target
     if not isinstance(target, OpOverload) or target.namespace != "aten" or target._schema.is_mutable or not sources:
         return False
     made = [node] if "tensor_meta" in node.meta else list(node.users)
@@ -342,13 +357,48 @@ def _can_be_mapped(node: Node) -> bool:
     return all(kind is not None and kind.shape.numel() <= SMALL for kind in kinds)
 
 
+class _Tasks(NamedTuple):
+    """What has to run, in the order of the graph, a recursion as its first node.
+
+    Attributes:
+        missing: task -> how many others it waits for.
+        users: task -> those that wait for it.
+    """
+
+    missing: dict[Node, int]
+    users: dict[Node, list[Node]]
+
+
+def _tasks(waiting: _Inputs, free: set[Node], loops: Sequence[Recursion], memory: _Memory) -> _Tasks:
+    """What waits for what: nodes, or what they are views of, and what comes before in memory."""
+    first = {node: loop.rounds[0][0] for loop in loops for nodes in loop.rounds for node in nodes}
+    needed = {loop.rounds[0][0]: loop.needed for loop in loops}
+    waiting = {n: needed.get(n, sources) for n, sources in waiting.items() if first.get(n, n) is n}
+
+    def before(node: Node) -> Iterator[Node]:
+        previous = memory.met.get(node)
+        if previous is not None:
+            yield previous
+        for source in waiting[node]:
+            if source in memory.nodes and node not in memory.met:
+                yield memory.last
+            while source in free:
+                source = source.args[0]  # type: ignore[assignment]
+            source = first.get(source, source)
+            if source in waiting:
+                yield source
+
+    found = _Tasks({}, {node: [] for node in waiting})
+    for node in waiting:
+        sources = set(before(node))
+        found.missing[node] = len(sources)
+        for source in sources:
+            found.users[source].append(node)
+    return found
+
+
 def _scheduled(
-    waiting: dict[Node, tuple[Node, ...]],
-    sums: dict[Node, Any],
-    free: set[Node],
-    signatures: dict[Node, Any],
-    loops: Sequence[Recursion],
-    memory: _Memory,
+    tasks: _Tasks, sums: dict[Node, Any], signatures: dict[Node, int | None], loops: Sequence[Recursion]
 ) -> Iterator[Group]:
     """Groups of what is ready.
 
@@ -356,41 +406,18 @@ def _scheduled(
     in the mean: what waits for a recursion runs when that is through. Nothing where something would wait for itself.
     """
     whole = {loop.rounds[0][0]: loop for loop in loops}
-    stands_for = {node: first for first, loop in whole.items() for nodes in loop.rounds for node in nodes}
-    waiting = {n: whole[n].needed if n in whole else ins for n, ins in waiting.items() if stands_for.get(n, n) is n}
-
-    def needed(node: Node) -> Iterator[Node]:
-        """What is computed, of a node's inputs, or of what they are views of; and what comes before in memory."""
-        before = memory.met.get(node)
-        if before is not None:
-            yield before
-        for source in waiting[node]:
-            if source in memory.nodes and node not in memory.met:
-                yield memory.last
-            while source in free:
-                source = source.args[0]  # type: ignore[assignment]
-            source = stands_for.get(source, source)
-            if source in waiting:
-                yield source
-
-    users: dict[Node, list[Node]] = defaultdict(list)
-    missing: dict[Node, int] = {}
-    for node in waiting:
-        sources = set(needed(node))
-        missing[node] = len(sources)
-        for source in sources:
-            users[source].append(node)
-    depth = _depths(missing, users)
+    depth = _depths(tasks)
     if not depth:
         return
     kinds: dict[Any, list[Node]] = defaultdict(list)
-    for node in waiting:
+    for node in tasks.missing:
         signature = None if node in sums or node in whole else signatures[node]
         kinds[node if signature is None else signature].append(node)
-    order = {node: place for place, node in enumerate(waiting)}
+    order = {node: place for place, node in enumerate(tasks.missing)}
     kind_of = {node: kind for kind, nodes in kinds.items() for node in nodes}
     left = {kind: len(nodes) for kind, nodes in kinds.items()}
     mean = {kind: sum(depth[node] for node in nodes) / len(nodes) for kind, nodes in kinds.items()}
+    missing = dict(tasks.missing)
     ready: dict[Any, list[Node]] = defaultdict(list)
     turns: list[tuple[bool, float, int, Any]] = []  # of kinds, some of them out of date
     number = itertools.count()
@@ -417,22 +444,21 @@ def _scheduled(
             yield from (Group((node,)) for node in nodes)
         else:
             yield Group(tuple(nodes))
-        for node in nodes:
-            for user in users[node]:
-                missing[user] -= 1
-                if missing[user] == 0:
-                    add(user)
+        for user in itertools.chain(*(tasks.users[node] for node in nodes)):
+            missing[user] -= 1
+            if missing[user] == 0:
+                add(user)
 
 
-def _depths(missing: dict[Node, int], users: dict[Node, list[Node]]) -> dict[Node, int]:
+def _depths(tasks: _Tasks) -> dict[Node, int]:
     """How many operations at least come before each, itself counted in; of none where some wait for themselves."""
-    left = dict(missing)
+    left = dict(tasks.missing)
     depth = {node: 1 for node, count in left.items() if count == 0}
     pending = list(depth)
     for node in pending:
-        for user in users[node]:
+        for user in tasks.users[node]:
             depth[user] = max(depth.get(user, 1), depth[node] + 1)
             left[user] -= 1
             if left[user] == 0:
                 pending.append(user)
-    return depth if len(pending) == len(missing) else {}
+    return depth if len(pending) == len(left) else {}

@@ -32,6 +32,7 @@ from bbvi_conv.program.structure import (
     outside,
     random_sites,
     revalued,
+    subsampling,
 )
 from bbvi_conv.program.tape import Tape, TapeEnds, taped
 from bbvi_conv.program.terms import Terms, collect, density_of
@@ -446,8 +447,8 @@ class Program:
         """Scale of a site, poutine scales in, the scale of ``plate(N, B)`` out."""
         scale = site["scale"]
         for frame in site["cond_indep_stack"]:
-            if frame.name == self.plate and frame.full_size not in (None, frame.size):
-                scale = scale * frame.size / frame.full_size
+            if frame.name == self.plate:
+                scale = scale / subsampling(frame)
         return scale
 
     def factor(self, frame: Any) -> float:

@@ -92,24 +92,23 @@ class _Search:
         self, nodes: Sequence[Node], signature: Callable[[Node], Hashable], inputs: Callable[[Node], Sequence[Node]]
     ) -> None:
         self.found: list[Recursion] = []
-        self.left = list(nodes)
-        self._nodes = frozenset(nodes)
+        self.left = dict.fromkeys(nodes)  # in their order
         self._signature, self._inputs = signature, inputs
 
     def goes_on(self) -> bool:
         """Look at the longest stretch that repeats itself; whether there is one."""
-        run = _periodic([self._signature(node) for node in self.left])
+        nodes = list(self.left)
+        run = _periodic([self._signature(node) for node in nodes])
         if run is None:
             return False
         start, period, count = run
-        if self.left[start].target is operator.getitem:  # a round begins with an operation of its own
-            shift = next((n for n in range(period) if self.left[start + n].target is not operator.getitem), 0)
+        if nodes[start].target is operator.getitem:  # a round begins with an operation of its own
+            shift = next((n for n in range(period) if nodes[start + n].target is not operator.getitem), 0)
             start, count = start + shift, count - 1
-        rounds = [tuple(self.left[at : at + period]) for at in range(start, start + period * count, period)]
+        rounds = [tuple(nodes[at : at + period]) for at in range(start, start + period * count, period)]
         self._look(self._on_the_way(rounds))
-        gone = set(itertools.chain(*rounds, *(nodes for one in self.found for nodes in one.rounds)))
-        self.left = [node for node in self.left if node not in gone]
-        self._nodes = frozenset(self.left)
+        for node in itertools.chain(*rounds, *(nodes for one in self.found for nodes in one.rounds)):
+            self.left.pop(node, None)
         return True
 
     def _patterns(self, rounds: Sequence[_Round]) -> list[_Pattern]:
@@ -135,10 +134,10 @@ class _Search:
             for place in reversed(range(len(usual))):
                 if place in leads:
                     leads.update(s.place for s in usual[place] if s is not None)
+            for place, node in enumerate(rounds[0]):
+                if node.target is operator.getitem:  # several results stay together
+                    leads.update(place for s in usual[place] if s is not None and s.place in leads)
             kept = [wait and place in leads for place, wait in enumerate(waits)]
-        for place, node in enumerate(rounds[0]):  # several results stay together
-            if node.target is operator.getitem and waits[place]:
-                kept[place] = any(kept[s.place] for s in usual[place] if s is not None and s.lag == 0)
         return [tuple(itertools.compress(nodes, kept)) for nodes in rounds] if any(kept) else ()
 
     def _look(self, rounds: Sequence[_Round]) -> None:
@@ -180,7 +179,7 @@ class _Search:
             place, node = pending.pop()
             if known.get(place) is node:
                 continue
-            if place in known or node not in self._nodes or self._signature(node) != self._signature(first[place]):
+            if place in known or node not in self.left or self._signature(node) != self._signature(first[place]):
                 return None
             known[place] = node
             pairs = zip(pattern[place], self._inputs(node), strict=True)

@@ -89,8 +89,7 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, re
         flat_y, y_spec = tree_flatten(y)
         return (*tree_leaves(new), *flat_y)
 
-    name, constants = _register(one, flat_carry, [x[0] for x in flat_xs], fixed, outer=tracer, stops=True)
-    made = torch.ops.bbvi_conv.scan(name, flat_carry, [x.contiguous() for x in flat_xs], [*fixed, *constants], reverse)
+    made = _run(one, flat_carry, flat_xs, fixed, reverse=reverse, outer=tracer, stops=True)
     last, ys = made[: len(flat_carry)], made[2 * len(flat_carry) :]
     return tree_unflatten(list(last), carry_spec), tree_unflatten(list(ys), y_spec)
 
@@ -116,10 +115,24 @@ def repeated(
     if not xs:  # nothing but the number of rounds is known of them
         count, inner = len(carry), function
         xs, function = [carry[0].new_zeros(length)], lambda *flat: inner(*flat[:count], *flat[count + 1 :])
-    name, constants = _register(function, carry, [x[0] for x in xs], fixed, stops=True)
-    made = torch.ops.bbvi_conv.scan(name, carry, [x.contiguous() for x in xs], [*fixed, *constants], False)
-    found: list[Tensor] = made[2 * len(carry) :]
-    return found
+    return _run(function, carry, xs, fixed, stops=True)[2 * len(carry) :]
+
+
+def _run(
+    function: Callable[..., Any],
+    carry: list[Tensor],
+    xs: list[Tensor],
+    fixed: list[Tensor],
+    *,
+    reverse: bool = False,
+    **how: Any,
+) -> list[Tensor]:
+    """The operation over a function that is traced as :func:`_register` does."""
+    name, constants = _register(function, carry, [x[0] for x in xs], fixed, **how)
+    made: list[Tensor] = torch.ops.bbvi_conv.scan(
+        name, carry, [x.contiguous() for x in xs], [*fixed, *constants], reverse
+    )
+    return made
 
 
 def _length(xs: Any) -> int:
@@ -224,7 +237,7 @@ def _register(
     given = (*carry, *x, *fixed)
     kinds = [Kind.of(t) for t in given]
 
-    def trace() -> tuple[GraphModule, GraphModule, list[Tensor], Sequence[Tensor]]:
+    def trace() -> tuple[str, list[Tensor]]:
         example = [_example(t, kind) for t, kind in zip(given, kinds, strict=True)]
         graph = to_graph(function, *example, functional=outer is not None)
         for name in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
@@ -235,12 +248,14 @@ def _register(
                 )
         _replace_detach(graph, torch.ops.bbvi_conv.stop.default if stops else None)
         graph, constants = lift(graph)
-        return graph, _plain(graph), constants, graph(*example, *constants)
+        name = hashlib.sha256(f"{graph.code}\n{kinds}\n{len(carry)} {len(x)}".encode()).hexdigest()[:24]
+        if name not in BODIES:
+            made = graph(*example, *constants)
+            BODIES[name] = Body(graph, _plain(graph), len(carry), len(x), tuple((m.shape, m.dtype) for m in made))
+        return name, constants
 
-    graph, plain, constants, made = _apart(trace)
-    name = hashlib.sha256(f"{graph.code}\n{kinds}\n{len(carry)} {len(x)}".encode()).hexdigest()[:24]
-    BODIES[name] = Body(graph, plain, len(carry), len(x), tuple((m.shape, m.dtype) for m in made))
-    return name, constants
+    found: tuple[str, list[Tensor]] = _apart(trace)
+    return found
 
 
 def _example(tensor: Tensor, kind: Kind) -> Tensor:
@@ -441,15 +456,14 @@ def _(
     carry = [
         c.movedim(d, 0) if d is not None else c.expand(size, *c.shape) for c, d in zip(carry, carry_dims, strict=True)
     ]
-    xs = [x if d is None else x.movedim(d, 1).contiguous() for x, d in zip(xs, xs_dims, strict=True)]
+    xs = [x if d is None else x.movedim(d, 1) for x, d in zip(xs, xs_dims, strict=True)]
     fixed = [f if d is None else f.movedim(d, 0) for f, d in zip(fixed, fixed_dims, strict=True)]
     mapped = (*[0] * len(carry), *(None if d is None else 0 for d in (*xs_dims, *fixed_dims)))
 
     def function(*flat: Tensor) -> Any:
         return torch.vmap(body.graph, mapped)(*flat)
 
-    new, constants = _register(function, carry, [x[0] for x in xs], fixed)
-    made = torch.ops.bbvi_conv.scan(new, [c.contiguous() for c in carry], xs, [*fixed, *constants], reverse)
+    made = _run(function, [c.contiguous() for c in carry], xs, fixed, reverse=reverse)
     return made, [*[0] * len(carry), *[1] * (len(made) - len(carry))]
 
 

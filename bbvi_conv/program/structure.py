@@ -130,6 +130,11 @@ def plates_of(site: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:
     return tuple((f.name, f.dim, f.size) for f in sorted(frames, key=lambda f: f.dim))
 
 
+def subsampling(frame: Any) -> float:
+    """N/B of a plate that takes B of its N rows, by which Pyro scales what lies in it; else 1."""
+    return float((frame.full_size or frame.size) / frame.size)
+
+
 def analyse(guide_trace: Trace, model_trace: Trace, dependent: set[str]) -> Structure:
     """Structure of a validated pair of traces; ``dependent`` names the observed sites that depend on a latent."""
     model_sites, guide_sites = random_sites(model_trace), random_sites(guide_trace)

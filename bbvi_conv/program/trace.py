@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,9 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bbvi_conv.program.aten_graph import Untraceable, first_sentence, to_graph
-from bbvi_conv.program.batching import WORTH, batched, plan
+from bbvi_conv.program.batching import batched, plan
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.faithful import differing, total_and_slopes
-from bbvi_conv.program.graph_module import WrittenLate
 from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
@@ -113,14 +111,11 @@ class TracedLogWeights:
 
 def _with_rounds_together(graph: GraphModule, example: Sequence[Tensor]) -> GraphModule:
     """The graph with the rounds of Python loops done at once; itself where that cannot be or does not pay."""
-    if len(graph.graph.nodes) < WORTH:
-        return graph
-    apart = WrittenLate(graph, copy.deepcopy(graph.graph))
-    groups = plan(apart)
-    if groups is None:
+    planned = plan(graph)
+    if planned is None:
         return graph
     try:
-        run = batched(apart, groups, functools.partial(over_draws, vectorise=True), repeated)
+        run = batched(planned, functools.partial(over_draws, vectorise=True), repeated)
         return simplify(to_graph(run, *(x.clone() for x in example), functional=False), differentiable=True)
     except (Untraceable, RuntimeError):  # an operation that vmap cannot map
         return graph

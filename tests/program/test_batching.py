@@ -202,10 +202,10 @@ def sums(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 def test_groups_take_each_operation_once_and_in_an_order_that_works() -> None:
     x, y = torch.randn(2, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).unbind()
     graph = simplify(to_graph(sums, x, y))
-    groups = batching.plan(graph)
-    assert groups is not None
-    assert max(len(group.nodes) for group in groups) == 60
-    run = batching.batched(graph, groups, lambda f, mapped: over_draws(f, mapped, vectorise=True), repeated)
+    planned = batching.plan(graph)
+    assert planned is not None
+    assert max(len(group.nodes) for group in planned.groups) == 60
+    run = batching.batched(planned, lambda f, mapped: over_draws(f, mapped, vectorise=True), repeated)
     for made, expected in zip(run(x, y), sums(x, y), strict=True):
         torch.testing.assert_close(made, expected, rtol=1e-13, atol=0)
     made = simplify(to_graph(run, x, y, functional=False))
