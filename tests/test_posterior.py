@@ -34,6 +34,7 @@ from bbvi_conv.posterior import (
     write_netcdf,
 )
 from bbvi_conv.posterior.draws import Mapped
+from bbvi_conv.posterior.export import legacy_arviz
 from bbvi_conv.posterior.neutral import plan
 from bbvi_conv.program.build import build
 from bbvi_conv.program.program import Program
@@ -147,17 +148,41 @@ def test_the_shape_of_pareto_weights_is_found(shape: float) -> None:
     assert abs(pareto_shape(log_w) - expected) < 3 * error
 
 
-def test_both_generations_of_arviz_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_generations_of_arviz_agree() -> None:
+    from arviz_stats.base import array_stats
+
     rng = np.random.default_rng(1)
-    for shape in (0.3, 0.9):
-        log_w = shape * rng.standard_exponential(4000) - 100.0
-        new = pareto_shape(log_w)
-        monkeypatch.setattr("bbvi_conv.posterior.psis.installed", lambda package: False)
-        old = pareto_shape(log_w)
-        monkeypatch.undo()
-        # the tails differ by one draw or two of 190, so the estimates do by about (1 + k) / 190
-        assert old != new
-        assert abs(old - new) < 5 * (1 + shape) / 190
+    for shape, draws in ((0.3, 4000), (0.9, 4000), (-0.5, 200)):
+        log_w = shape * rng.standard_exponential(draws) - 100.0
+        ours = pareto_shape(log_w)
+        _, new = array_stats.psislw(-log_w)  # it takes log-likelihoods, the negatives of leave-one-out's log weights
+        assert ours == pytest.approx(float(new), abs=1e-9)
+        _, old = legacy_arviz().psislw(log_w.copy())
+        # its tail has a draw or two more, so the estimates differ by about (1 + k) / M
+        assert abs(ours - old) < 5 * (1 + shape) / math.floor(min(draws / 5, 3 * math.sqrt(draws)))
+
+
+@pytest.mark.parametrize("spread", [300.0, 3000.0])
+def test_weights_too_far_apart_for_their_numbers_have_a_large_shape(spread: float) -> None:
+    """Most of the tail is 0 beside the largest weight: libraries then find no tail but their prior, k = 0.05."""
+    rng = np.random.default_rng(2)
+    assert pareto_shape(spread * rng.standard_normal(1000)) > 50
+    assert pareto_shape(np.append(rng.standard_normal(999), 3 * spread)) > 5
+    program, x, _ = gaussian(width=spread)
+    estimate = tail(program, x, num_samples=500).khat
+    assert estimate.value is not None
+    assert estimate.value > 50
+
+
+def test_weights_that_are_zero_are_named() -> None:
+    def unseen(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("nowhere", torch.where(z < 100.0, -math.inf, 0.0))
+
+    program = build(unseen, None, (torch.zeros(1),), family=MeanField())
+    estimate = tail(program, program.initial(), num_samples=100).khat
+    assert estimate.value is None
+    assert estimate.reason.startswith("all 100 importance weights are 0")
 
 
 def test_khat_of_the_posterior_itself_is_zero() -> None:

@@ -21,9 +21,9 @@ from bbvi_conv.program.trace import TracedLogWeights
 ENGINES = ("auto", "eager", "traced", "compiled", "cuda-graph")
 
 COMPILE_SECONDS = 5.0
-COMPILE_SECONDS_PER_NODE = 0.015
-STEP_SECONDS_PER_NODE = 2.5e-6
-STEP_SECONDS_PER_NUMBER = 0.2e-9
+COMPILE_SECONDS_PER_NODE = 0.01
+STEP_SECONDS_PER_NODE = 5e-6
+STEP_SECONDS_PER_NUMBER = 0.3e-9
 """What compiling costs, and what it saves, by the operations of a step and the numbers they compute."""
 
 KERNEL_SECONDS = 1.5e-6

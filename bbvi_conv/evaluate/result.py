@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
-from bbvi_conv.monitor.intervals import Estimate
+from bbvi_conv.monitor.intervals import Estimate, student_quantile
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class PerDatum:
     @property
     def interval(self) -> tuple[Tensor, Tensor]:
         """Lower and upper ends per datum, each ``(N,)``."""
-        half = norm.ppf(0.5 + self.level / 2) * self.errors
+        half = student_quantile(self.level, math.inf) * self.errors
         return self.values - half, self.values + half
 
     @property
@@ -45,7 +44,7 @@ class PerDatum:
         return self._mean(float(self.values.std()) / len(self.values) ** 0.5)
 
     def _mean(self, error: float) -> Estimate:
-        value, half = float(self.values.mean()), float(norm.ppf(0.5 + self.level / 2)) * error
+        value, half = float(self.values.mean()), student_quantile(self.level, math.inf) * error
         return Estimate(value, value - half, value + half)
 
     def __sub__(self, other: PerDatum) -> PerDatum:

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 from bbvi_conv.monitor.distance import rounding_error
 from bbvi_conv.monitor.intervals import Estimate, unavailable
 from bbvi_conv.posterior.draws import STREAM, Mapped, draw, local, row_step
-from bbvi_conv.posterior.export import installed
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, generator
@@ -28,6 +28,7 @@ from bbvi_conv.program.program import Program
 
 MIN_UNITS, MAX_UNITS = 100, 200
 MIN_DRAWS = 25
+_UNDERFLOW = math.log(np.finfo(np.float64).tiny) + 20.0
 _KEY = 1_000_003  # a block of the stream that no export reaches
 
 
@@ -89,25 +90,28 @@ def tail(program: Program, x: Tensor, *, num_samples: int = 2000, seed: int = 0)
 
 
 def pareto_shape(log_w: NDArray[np.float64]) -> float:
-    """The Pareto shape k-hat of log weights ``(S,)``, by the ArviZ that is installed; NaN where ties leave no tail."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        try:
-            return _shape(log_w)
-        except ValueError:  # all weights of the tail are the same number
-            return math.nan
+    r"""The Pareto shape k-hat of log weights ``(S,)``; NaN where ties leave no tail.
 
-
-def _shape(log_w: NDArray[np.float64]) -> float:
-    if installed("arviz_stats"):
-        from arviz_stats import base
-
-        # It takes log-likelihoods, which are the negatives of the log weights of leave-one-out.
-        _, k = base.array_stats.psislw(-log_w)  # type: ignore[attr-defined, no-untyped-call]
-    else:
-        from bbvi_conv.posterior.export import legacy_arviz
-
-        _, k = legacy_arviz().psislw(log_w)
+    Zhang and Stephens' fit, by Pyro, to how far the :math:`M = \lfloor\min(S/5, 3\sqrt S)\rfloor` largest weights lie
+    above the next. Where a quarter of these or more are 0 beside the largest of them, it is Hill's estimate, the mean
+    of :math:`\log w - \log w_{(S-M)}`, shrunk alike to :math:`(Mk + 5)/(M + 10)`: the two are alike where k is large.
+    """
+    ordered = np.sort(log_w) - log_w.max()
+    count = _tail_length(len(log_w))
+    cutoff, largest = ordered[-count - 1], ordered[-count:]
+    quartile = largest[int(count / 4 - 0.5)]  # the fit divides by what it is above the cutoff
+    if quartile < _UNDERFLOW:
+        with np.errstate(invalid="ignore"):  # weights that are 0 have none
+            return float((np.sum(largest - cutoff) + 5) / (count + 10))
+    above = np.exp(largest) - np.exp(cutoff)
+    if above[int(count / 4 - 0.5)] == 0:
+        return math.nan
+    k, _ = fit_generalized_pareto(torch.from_numpy(above))
     return float(k)
+
+
+def _tail_length(draws: int) -> int:
+    return math.floor(min(draws / 5, 3 * math.sqrt(draws)))
 
 
 def _equal(log_w: NDArray[np.float64], rounding: float) -> bool:
@@ -120,13 +124,14 @@ def _joint(log_w: NDArray[np.float64], rounding: float) -> Tail:
         return Tail(
             unavailable(f"{bad} of {len(log_w)} importance weights are not finite: fit again from another start")
         )
+    if log_w.max() == -np.inf:
+        return Tail(unavailable(f"all {len(log_w)} importance weights are 0: the model has no density at any draw"))
     if _equal(log_w, rounding):
         return Tail(Estimate(0.0, 0.0, 0.0, "all importance weights are equal to rounding: q is the posterior"), 1.0)
     k = pareto_shape(log_w)
     if not math.isfinite(k):
         return Tail(unavailable("no Pareto tail could be fitted to the importance weights: raise khat_draws"))
-    tail = math.ceil(min(len(log_w) / 5, 3 * math.sqrt(len(log_w))))
-    half = 1.96 * max(1.0 + k, 0.5) / math.sqrt(tail)
+    half = 1.96 * max(1.0 + k, 0.5) / math.sqrt(_tail_length(len(log_w)))
     weights = np.exp(log_w - log_w.max())
     return Tail(Estimate(k, k - half, k + half), float(weights.mean() ** 2 / (weights**2).mean()))
 

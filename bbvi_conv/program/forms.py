@@ -47,6 +47,11 @@ class SafeLog:
         return torch.where(x > least, x.clamp(min=least).log(), below)
 
 
+def _fill(x: Tensor, mask: Tensor, value: Any) -> Any:
+    """Functionalised in place, torch would ask a kernel in Python for the shape, and import sympy to answer."""
+    return x.copy_(x.masked_fill(mask, value))
+
+
 def _lstm(*args: Any) -> Any:
     """By plain operations: oneDNN's layer, which a graph would hold, has no gradient there."""
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
@@ -57,6 +62,7 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.binary_cross_entropy_with_logits: _cross_entropy,
     torch.lstm: _lstm,
     Tensor.__getitem__: _entry,
+    Tensor.masked_fill_: _fill,
     Tensor.__ior__: Tensor.bitwise_or_,
     Tensor.__iand__: Tensor.bitwise_and_,
     Tensor.__ixor__: Tensor.bitwise_xor_,

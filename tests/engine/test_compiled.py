@@ -445,7 +445,7 @@ def test_auto_weighs_the_numbers_of_a_step(size: int, chosen: str, monkeypatch: 
         pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
 
     monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS", 0.0)
-    monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS_PER_NODE", 1000 * 5e-6)
+    monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS_PER_NODE", 1000 * 8e-6)
     monkeypatch.setattr(CompiledEngine, "prepare", lambda self: True)
     program = build(wide, None, (torch.ones(size),), family=MeanField())
     assert make_engine("auto", program, ELBO(), RULE, steps=1000).name == chosen

@@ -115,3 +115,26 @@ def test_entries_at_places_that_are_drawn() -> None:
     graph = to_graph(function, torch.tensor([0, 0]))
     for ours, expected in zip(graph(at), look_up(at), strict=True):
         assert torch.equal(ours, expected)
+
+
+def test_numbers_filled_in_place_through_a_mask() -> None:
+    """Whole tensors, parts of them and copies of data, with the gradients of what is kept."""
+    data = torch.zeros(2, 3)
+
+    def fill(x: Tensor) -> Tensor:
+        y, z = 2 * x, data.clone()
+        filled = y.masked_fill_(x < 0, -1.0)
+        y[:, 1:].masked_fill_(torch.tensor([True, False]), x[0, 0])
+        z.masked_fill_(x > 1, x[1, 1])
+        return filled * z
+
+    def function(x: Tensor) -> Tensor:
+        with taped(Tape(None, {}, mark_no_grad=True)):
+            return fill(x)
+
+    x = torch.tensor([[-1.0, 0.5, 2.0], [3.0, 4.0, -0.5]])
+    graph = to_graph(function, torch.zeros(2, 3))
+    assert torch.equal(graph(x), fill(x))
+    slopes = [torch.func.grad(lambda x, f=f: f(x).sum())(x) for f in (graph, fill)]
+    assert torch.equal(*slopes)
+    assert slopes[0].abs().sum() > 0
