@@ -26,7 +26,7 @@ from bbvi_conv.program.trace import LogWeights, TracedLogWeights, over_draws
 
 CHUNK = 20_000_000
 """Numbers a vectorised evaluation may hold per parameter-sized array."""
-LANES, VECTORS = (8, 32, 128, 256), (1, 8, 32)
+LANES, VECTORS = (8, 32, 128, 256), (1, 2, 8, 32)
 """Evaluations, and vectors of a curvature product, in one call of a mapped graph: few choices, each a graph."""
 WORTH = 2**20
 """Numbers in an array from which more evaluations in one call gain nothing: torch's own work is then the cost."""

@@ -23,6 +23,8 @@ from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
 DENSE = 2000
 """Parameters up to which the matrix is formed; beyond, at most ``PRODUCTS`` conjugate-gradient products."""
 PRODUCTS = 50
+SCALINGS = 4
+"""Rounds of two products each that find the scale of every parameter before."""
 RESIDUAL = 0.05
 """Relative residual at which the conjugate-gradient solution is accepted."""
 
@@ -32,7 +34,8 @@ CUT_OFF = (
 )
 """Why there is no distance where nothing can move any more, which is not the same as to have arrived."""
 
-Product = Callable[[Tensor], Tensor]
+Products = Callable[[Tensor], Tensor]
+"""Vectors ``(R, P)`` to the products ``(R, P)`` of a symmetric A with each."""
 
 
 def rounding_error(size: Tensor, dtype: torch.dtype) -> float:
@@ -59,7 +62,7 @@ def half_norm(gradients: Tensor, matrix: Tensor, name: str, *, level: float = 0.
     return Estimate(norm.value / 2, norm.low / 2, norm.high / 2)
 
 
-def half_norm_by_products(gradients: Tensor, product: Product, name: str, *, level: float = 0.95) -> Estimate:
+def half_norm_by_products(gradients: Tensor, products: Products, name: str, *, level: float = 0.95) -> Estimate:
     r"""The same for an A known by its products: half of :math:`\bar g_a^\top A^{-1} \bar g_b` for two halves a, b.
 
     One conjugate-gradient solve for the mean of each half; the halves are independent, so the product is unbiased. Both
@@ -68,11 +71,10 @@ def half_norm_by_products(gradients: Tensor, product: Product, name: str, *, lev
     """
     half = len(gradients) // 2
     first, second = gradients[:half].to(torch.float64), gradients[half : 2 * half].to(torch.float64)
-    solved = [conjugate_gradient(product, part.mean(0).to(gradients.dtype)) for part in (first, second)]
-    for answer in solved:
-        if isinstance(answer, str):
-            return unavailable(f"{name} {answer}")
-    by_first, by_second = (answer.to(torch.float64) for answer in solved if isinstance(answer, Tensor))
+    solved = conjugate_gradients(products, torch.stack([first.mean(0), second.mean(0)]).to(gradients.dtype))
+    if isinstance(solved, str):
+        return unavailable(f"{name} {solved}")
+    by_first, by_second = solved.to(torch.float64)
     parts = 0.5 * (first @ by_second), 0.5 * (second @ by_first)
     value = 0.5 * float(parts[0].mean() + parts[1].mean())
     error = math.sqrt(float(parts[0].var() + parts[1].var()) / half)
@@ -80,25 +82,50 @@ def half_norm_by_products(gradients: Tensor, product: Product, name: str, *, lev
     return Estimate(value, max(value - width, 0.0), max(value + width, width))
 
 
-def conjugate_gradient(product: Product, b: Tensor) -> Tensor | str:
-    """Solve A x = b with at most ``PRODUCTS`` products, or say in words why not."""
+def conjugate_gradients(products: Products, b: Tensor) -> Tensor | str:
+    r"""Solve A x = b for each row of ``b`` ``(R, P)`` with at most ``PRODUCTS`` products, or say in words why not.
+
+    Preconditioned by the :func:`equilibration` D of A: without, what some parameters have to themselves hardly counts
+    in the residual r, and a solution is accepted long before :math:`b^\top x` is right. A row is solved where
+    :math:`r^\top D^{-1} r < 0.05^2\, b^\top D^{-1} b`.
+    """
+    if not bool(b.any()):
+        return torch.zeros_like(b)
+    scale = 1.0 / equilibration(products, b[0])
     x, residual = torch.zeros_like(b), b.clone()
-    direction, square = residual.clone(), residual @ residual
-    start = float(square)
-    if start == 0.0:
-        return x
+    direction = scale * residual
+    square = (residual * direction).sum(-1)
+    start, left = square, square > 0
     for _ in range(PRODUCTS):
-        image = product(direction)
-        curvature = direction @ image
-        if not float(curvature) > 0.0:
+        image = products(direction)
+        curvature = (direction * image).sum(-1)
+        if not bool((curvature > 0)[left].all()):
             return "is not positive definite on the directions used"
-        step = square / curvature
+        step = torch.where(left, square / curvature, 0.0).unsqueeze(-1)
         x, residual = x + step * direction, residual - step * image
-        new = residual @ residual
-        if float(new) < RESIDUAL**2 * start:
+        new = (scale * residual.square()).sum(-1)
+        left = left & ~(new < RESIDUAL**2 * start)
+        if not bool(left.any()):
             return x
-        direction, square = residual + (new / square) * direction, new
+        turn = torch.where(left, new / square, 0.0).unsqueeze(-1)
+        direction, square = scale * residual + turn * direction, new
     return f"was not solved to {RESIDUAL:.0%} in {PRODUCTS} products: too ill-conditioned for a gap in nats"
+
+
+def equilibration(products: Products, like: Tensor) -> Tensor:
+    r"""D ``(P,)``, positive, with rows of :math:`D^{-1/2} A D^{-1/2}` of norm about one: units do not matter then.
+
+    Four times D is multiplied by those norms, as two vectors of random signs tell them: the mean of the squares of
+    :math:`(A v)_i` is the squared norm of row i. Of a diagonal A it is the diagonal.
+
+    Source: Ruiz (2001), RAL-TR-2001-034; by products of random vectors Bradley and Murray (2012), arXiv:1110.2805.
+    """
+    generator, d = torch.Generator().manual_seed(0), torch.ones_like(like)
+    for _ in range(SCALINGS):
+        signs = (torch.randint(0, 2, (2, len(d)), generator=generator) * 2 - 1).to(d)
+        d = d * (products(signs * d.rsqrt()) * d.rsqrt()).square().mean(0).sqrt()
+        d = d.clamp(min=max(float(d.max()) * 1e-10, torch.finfo(d.dtype).tiny))
+    return d
 
 
 def paired_improvement(before: Tensor, after: Tensor, *, level: float = 0.95) -> Estimate:

@@ -36,7 +36,10 @@ GRADIENT_COST = 20_000_000
 MATRIX_COST = 50_000_000
 """Products times draws times width that a curvature matrix may cost."""
 ROUGH_COST = 2_000_000
-"""The same, from which a matrix is formed from fewer draws as long as the run is sure to go on."""
+"""The same, from which curvature is that of fewer draws as long as the run is sure to go on."""
+
+FISHER_DRAWS = 64
+"""Draws that Fisher information is of at least: of fewer, that of one scale among thousands is likely negative."""
 
 SURE = 10
 """Tolerances by which a window improves the bound where the run is sure to go on."""
@@ -85,7 +88,7 @@ def effort(size: int, wide: int, *, vectorised: bool) -> Effort:
     dense = size <= DENSE and size * 64 * wide <= MATRIX_COST
     columns, least, top = (size, 64, 128 if vectorised else 64) if dense else (2 * PRODUCTS, 16, 256)
     matrix = max(least, min(top, MATRIX_COST // (columns * wide)))
-    rough = matrix // 4 if dense and columns * matrix * wide > ROUGH_COST else matrix
+    rough = max(16, matrix // 4) if columns * matrix * wide > ROUGH_COST else matrix
     return Effort(min(first, afford), min(most, afford), dense, matrix, rough, wide > WIDE)
 
 
@@ -359,15 +362,23 @@ class Judge:
         return fit_control(self.cheap.gradients(x, feed)[0], feed.noise)
 
     def _matrix(
-        self, calculus: Calculus, products: Callable[..., Tensor], x: Tensor, active: Tensor, keys: _Keys, rough: bool
-    ) -> Tensor | _Product:
+        self,
+        calculus: Calculus,
+        products: Callable[..., Tensor],
+        x: Tensor,
+        active: Tensor,
+        keys: _Keys,
+        rough: bool,
+        least: int = 1,
+    ) -> Tensor | _Products:
         """A mean curvature matrix on the active coordinates, or its products where forming it would cost too much."""
         spent = self._effort(calculus, len(active))
-        feed = self._feed(calculus, "evaluate", keys.next(), spent.rough if rough else spent.matrix, spread=True)
-        known = _Product(lambda vectors: products(x, vectors, feed), x, active)
+        draws = max(least, spent.rough if rough else spent.matrix)
+        feed = self._feed(calculus, "evaluate", keys.next(), draws, spread=True)
+        known = _Products(lambda vectors: products(x, vectors, feed), x, active)
         return known.dense() if spent.dense else known
 
-    def _hessian(self, x: Tensor, active: Tensor, keys: _Keys, rough: bool) -> Tensor | _Product | str:
+    def _hessian(self, x: Tensor, active: Tensor, keys: _Keys, rough: bool) -> Tensor | _Products | str:
         """The matrix, its products where it is large, or why there is none."""
         program = self.calculus.program
         if program.implicit:
@@ -383,19 +394,19 @@ class Judge:
         except (Untraceable, NotImplementedError, RuntimeError) as error:
             return f"the loss has no second derivative here ({error})"
 
-    def _fisher(self, x: Tensor, active: Tensor, keys: _Keys, rough: bool) -> Tensor | _Product | str:
+    def _fisher(self, x: Tensor, active: Tensor, keys: _Keys, rough: bool) -> Tensor | _Products | str:
         """The matrix, its products where it is large, or why there is none."""
         if not self.cheap.objective.split:
             return self.estimator_note or "the guide's density at a given value is not to be had"
         if len(active) == 0:
             return "there are no variational parameters"
         try:
-            return self._matrix(self.cheap, self.cheap.fisher_products, x, active, keys, rough)
+            return self._matrix(self.cheap, self.cheap.fisher_products, x, active, keys, rough, FISHER_DRAWS)
         except (Untraceable, NotImplementedError, RuntimeError) as error:
             return f"log q has no second derivative here ({error})"
 
 
-def _half_norm(gradients: Tensor, matrix: Tensor | _Product | str, name: str) -> Estimate:
+def _half_norm(gradients: Tensor, matrix: Tensor | _Products | str, name: str) -> Estimate:
     if isinstance(matrix, str):
         return unavailable(matrix)
     if not bool(gradients.isfinite().all()):
@@ -405,24 +416,21 @@ def _half_norm(gradients: Tensor, matrix: Tensor | _Product | str, name: str) ->
     return half_norm_by_products(gradients, matrix, name)
 
 
-class _Product:
+class _Products:
     """Products of a curvature matrix restricted to the active coordinates."""
 
-    def __init__(self, product: Callable[[Tensor], Tensor], x: Tensor, active: Tensor) -> None:
-        self._product, self._x, self._active = product, x, active
+    def __init__(self, products: Callable[[Tensor], Tensor], x: Tensor, active: Tensor) -> None:
+        self._products, self._x, self._active = products, x, active
 
-    def __call__(self, v: Tensor) -> Tensor:
-        return self._rows(v.unsqueeze(0)).squeeze(0)
+    def __call__(self, vectors: Tensor) -> Tensor:
+        whole = self._x.new_zeros(len(vectors), len(self._x))
+        whole[:, self._active] = vectors
+        return self._products(whole)[:, self._active]
 
     def dense(self) -> Tensor:
         """All columns, made symmetric."""
-        matrix = self._rows(torch.eye(len(self._active), dtype=self._x.dtype, device=self._x.device))
+        matrix = self(torch.eye(len(self._active), dtype=self._x.dtype, device=self._x.device))
         return 0.5 * (matrix + matrix.T)
-
-    def _rows(self, vectors: Tensor) -> Tensor:
-        whole = self._x.new_zeros(len(vectors), len(self._x))
-        whole[:, self._active] = vectors
-        return self._product(whole)[:, self._active]
 
 
 class _Keys:

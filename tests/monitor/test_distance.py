@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bbvi_conv.monitor.distance import (
     RESIDUAL,
-    conjugate_gradient,
+    conjugate_gradients,
+    equilibration,
     half_norm,
     half_norm_by_products,
     paired_improvement,
@@ -54,9 +55,11 @@ def test_products_agree_with_the_dense_matrix_without_noise() -> None:
     gradient = torch.randn(60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     same = gradient.expand(8, -1)
     dense = half_norm(same, matrix, "A")
-    products = half_norm_by_products(same, lambda v: matrix @ v, "A")
-    # b'(A^-1 b - x) = r'A^-1 r for conjugate gradients, at most RESIDUAL^2 |b|^2 / smallest eigenvalue
-    slack = 0.5 * RESIDUAL**2 * float(gradient @ gradient)
+    products = half_norm_by_products(same, lambda v: v @ matrix, "A")
+    # b'(A^-1 b - x) = r'A^-1 r, at most RESIDUAL^2 b'D^-1 b / smallest eigenvalue of D^-1/2 A D^-1/2
+    scale = equilibration(lambda v: v @ matrix, gradient)
+    whitened = matrix / scale.sqrt() / scale.sqrt()[:, None]
+    slack = 0.5 * RESIDUAL**2 * float((gradient**2 / scale).sum() / torch.linalg.eigvalsh(whitened)[0])
     assert dense.value == pytest.approx(0.5 * float(gradient @ torch.linalg.solve(matrix, gradient)), rel=1e-10)
     assert dense.value - slack <= products.value <= dense.value + 1e-10
 
@@ -66,7 +69,7 @@ def test_products_are_unbiased_and_their_interval_covers() -> None:
     matrix = spd(size, 10.0, seed=3)
     mean = torch.full((size,), 0.3, dtype=torch.float64)
     exact = 0.5 * float(mean @ torch.linalg.solve(matrix, mean))
-    found = [half_norm_by_products(noisy(mean, count, seed), lambda v: matrix @ v, "A") for seed in range(replications)]
+    found = [half_norm_by_products(noisy(mean, count, seed), lambda v: v @ matrix, "A") for seed in range(replications)]
     values = torch.tensor([e.value for e in found])
     stderr = float(values.std()) / math.sqrt(replications)
     assert stderr < 0.03 * exact
@@ -79,18 +82,59 @@ def test_products_are_unbiased_and_their_interval_covers() -> None:
 def test_a_matrix_that_is_not_positive_definite_gives_a_reason(smallest: float) -> None:
     matrix = torch.diag(torch.tensor([1.0, 2.0, smallest], dtype=torch.float64))
     gradients = noisy(torch.ones(3, dtype=torch.float64), 16, 0)
-    for found in (half_norm(gradients, matrix, "H"), half_norm_by_products(gradients, lambda v: matrix @ v, "H")):
+    for found in (half_norm(gradients, matrix, "H"), half_norm_by_products(gradients, lambda v: v @ matrix, "H")):
         assert found.value is None
         assert found.reason.startswith("H ")
     assert "not positive definite" in half_norm(gradients, matrix, "H").reason
 
 
-def test_conjugate_gradient_says_when_it_gives_up() -> None:
+def test_conjugate_gradients_say_when_they_give_up() -> None:
     matrix = spd(400, 1e8, seed=2)
-    answer = conjugate_gradient(lambda v: matrix @ v, torch.ones(400, dtype=torch.float64))
+    answer = conjugate_gradients(lambda v: v @ matrix, torch.ones(2, 400, dtype=torch.float64))
     assert isinstance(answer, str)
     assert "too ill-conditioned" in answer
-    assert conjugate_gradient(lambda v: matrix @ v, torch.zeros(400, dtype=torch.float64)).tolist() == [0.0] * 400
+    still = conjugate_gradients(lambda v: v @ matrix, torch.zeros(2, 400, dtype=torch.float64))
+    assert torch.equal(still, torch.zeros(2, 400, dtype=torch.float64))
+
+
+def test_each_row_is_solved_when_its_time_comes() -> None:
+    """One that is zero, one that is an eigenvector and done at once, and one that needs all others."""
+    matrix = spd(50, 30.0, seed=4)
+    easy = torch.linalg.eigh(matrix).eigenvectors[:, 3]
+    b = torch.stack([torch.zeros_like(easy), easy, torch.ones_like(easy)])
+    found = conjugate_gradients(lambda v: v @ matrix, b)
+    assert isinstance(found, Tensor)
+    assert torch.equal(found[0], b[0])
+    for x, row in zip(found[1:], b[1:], strict=True):
+        exact = torch.linalg.solve(matrix, row)
+        assert (x - exact).norm() < 0.2 * exact.norm()
+
+
+def test_units_of_parameters_do_not_matter_to_products() -> None:
+    """Scales from 10^-3 to 10^3: the residual of what is small counts as much, and no more products are needed."""
+    scales = torch.logspace(-3, 3, 300, dtype=torch.float64)
+    matrix = spd(300, 10.0, seed=5)
+    gradient = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    made = []
+
+    def products(vectors: Tensor) -> Tensor:
+        made.append(len(vectors))
+        return vectors * scales @ matrix * scales
+
+    exact = 0.5 * float(gradient @ torch.linalg.solve(matrix, gradient))
+    found = half_norm_by_products((scales * gradient).expand(8, -1), products, "A")
+    assert found.value == pytest.approx(exact, rel=0.02)
+    assert sum(made) < 60
+
+
+def test_equilibration_finds_the_scales() -> None:
+    entries = torch.logspace(-6, 2, 40, dtype=torch.float64)
+    torch.testing.assert_close(equilibration(lambda v: v * entries, entries), entries, rtol=1e-12, atol=0)
+    whole = spd(40, 5.0) * entries.sqrt() * entries.sqrt()[:, None]
+    scale = equilibration(lambda v: v @ whole, entries)
+    norms = (whole / scale.sqrt() / scale.sqrt()[:, None]).norm(dim=1)
+    assert 0.2 < float(norms.min()) < float(norms.max()) < 5
+    assert float(whole.norm(dim=1).max() / whole.norm(dim=1).min()) > 1e3
 
 
 def test_the_paired_interval_covers_at_its_level() -> None:

@@ -307,6 +307,20 @@ def test_conjugate_gradients_take_over_for_many_parameters(monkeypatch: pytest.M
     assert len({g.value for g in gaps}) == len(gaps)  # fresh noise at every check
 
 
+def test_both_distances_are_known_of_thousands_of_scales() -> None:
+    """2,400 parameters whose posterior scales span three decades; displaced by a tenth of each."""
+    x, noise, target = observations(1200, torch.logspace(-2, 1, 1200, dtype=torch.float64))
+    program = build(conjugate, args=(x, noise), family=MeanField())
+    point = at(program, target.mean + 0.1 * target.stddev, target.stddev)
+    excess = float(exact(program, target, point)[0])
+    assert excess > 5
+    judge = Judge(calculus(program), seed=0)
+    assert not judge._effort(judge.cheap, len(point)).dense
+    found = judge.check(0, point, None)
+    for estimate in (found.gap, found.natural):
+        assert estimate.value == pytest.approx(excess, rel=0.05)
+
+
 def test_the_noise_of_a_check_depends_on_its_step_alone() -> None:
     x, noise, target = observations(5)
     program = build(conjugate, args=(x, noise), family=MeanField())
