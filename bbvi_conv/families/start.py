@@ -15,9 +15,18 @@ def start(site: Any = None) -> Any:
     """Prior median where the prior can be sampled; else the image of zero, as for ``ImproperUniform``.
 
     An initialisation function in Pyro's sense: called without a site it returns itself.
+
+    Raises:
+        ValueError: the site lies in a plate without a size, of which a family cannot make one of its own.
     """
     if site is None:
         return start
+    for frame in site["cond_indep_stack"]:
+        if frame.vectorized and frame.size == -1:
+            raise ValueError(
+                f'plate {frame.name!r} of site {site["name"]!r} has no size: write pyro.plate("{frame.name}", len(x)) '
+                "over its rows, or give a guide"
+            )
     try:
         value: Tensor = init_to_median(site)
     except NotImplementedError:

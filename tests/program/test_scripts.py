@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bbvi_conv.engine import Calculus
 from bbvi_conv.engine.streams import Stream
-from bbvi_conv.families import MeanField
+from bbvi_conv.families import FullRank, MeanField, Structured
 from bbvi_conv.families.scale_maps import Linear
 from bbvi_conv.objectives import ELBO
 from bbvi_conv.program import Program
@@ -281,6 +281,9 @@ def test_a_plate_without_a_size() -> None:
     assert build(model, guide, (Y,)).structure.describe() == "one unit per index of plate d"
     with pytest.raises(ValueError, match=r"plate 'd' has no size: write pyro.plate\(\"d\", len\(x\)\)"):
         build(model, guide, (Y,), minibatch=Minibatch(2, plate="d"))
+    for family in (MeanField(), FullRank(), Structured()):
+        with pytest.raises(ValueError, match=r"plate 'd' of site 'z' has no size: .* or give a guide"):
+            build(model, None, (Y,), family=family)
 
 
 def test_what_pyro_adds_to_errors_is_left_out() -> None:
