@@ -62,16 +62,19 @@ def half_norm(gradients: Tensor, matrix: Tensor, name: str, *, level: float = 0.
     return Estimate(norm.value / 2, norm.low / 2, norm.high / 2)
 
 
-def half_norm_by_products(gradients: Tensor, products: Products, name: str, *, level: float = 0.95) -> Estimate:
+def half_norm_by_products(
+    gradients: Tensor, products: Products, scale: Tensor, name: str, *, level: float = 0.95
+) -> Estimate:
     r"""The same for an A known by its products: half of :math:`\bar g_a^\top A^{-1} \bar g_b` for two halves a, b.
 
-    One conjugate-gradient solve for the mean of each half; the halves are independent, so the product is unbiased. Both
-    halves move it: its variance is the sum of that of :math:`\tfrac12 g_i^\top A^{-1} \bar g_b` over the first and of
-    its mirror image over the second, each with the other half held fixed.
+    One conjugate-gradient solve for the mean of each half, by the :func:`equilibration` ``scale`` of A; the halves are
+    independent, so the product is unbiased. Both halves move it: its variance is the sum of that of
+    :math:`\tfrac12 g_i^\top A^{-1} \bar g_b` over the first and of its mirror image over the second, each with the
+    other half held fixed.
     """
     half = len(gradients) // 2
     first, second = gradients[:half].to(torch.float64), gradients[half : 2 * half].to(torch.float64)
-    solved = conjugate_gradients(products, torch.stack([first.mean(0), second.mean(0)]).to(gradients.dtype))
+    solved = conjugate_gradients(products, torch.stack([first.mean(0), second.mean(0)]).to(gradients.dtype), scale)
     if isinstance(solved, str):
         return unavailable(f"{name} {solved}")
     by_first, by_second = solved.to(torch.float64)
@@ -82,20 +85,18 @@ def half_norm_by_products(gradients: Tensor, products: Products, name: str, *, l
     return Estimate(value, max(value - width, 0.0), max(value + width, width))
 
 
-def conjugate_gradients(products: Products, b: Tensor) -> Tensor | str:
+def conjugate_gradients(products: Products, b: Tensor, scale: Tensor) -> Tensor | str:
     r"""Solve A x = b for each row of ``b`` ``(R, P)`` with at most ``PRODUCTS`` products, or say in words why not.
 
-    Preconditioned by the :func:`equilibration` D of A: without, what some parameters have to themselves hardly counts
-    in the residual r, and a solution is accepted long before :math:`b^\top x` is right. A row is solved where
+    Preconditioned by D, the ``scale`` of the parameters: without, what some of them have to themselves hardly counts in
+    the residual r, and a solution is accepted long before :math:`b^\top x` is right. A row is solved where
     :math:`r^\top D^{-1} r < 0.05^2\, b^\top D^{-1} b`.
     """
-    if not bool(b.any()):
-        return torch.zeros_like(b)
-    scale = 1.0 / equilibration(products, b[0])
-    x, residual = torch.zeros_like(b), b.clone()
-    direction = scale * residual
+    x, residual, direction = torch.zeros_like(b), b.clone(), b / scale
     square = (residual * direction).sum(-1)
     start, left = square, square > 0
+    if not bool(left.any()):
+        return x
     for _ in range(PRODUCTS):
         image = products(direction)
         curvature = (direction * image).sum(-1)
@@ -103,12 +104,12 @@ def conjugate_gradients(products: Products, b: Tensor) -> Tensor | str:
             return "is not positive definite on the directions used"
         step = torch.where(left, square / curvature, 0.0).unsqueeze(-1)
         x, residual = x + step * direction, residual - step * image
-        new = (scale * residual.square()).sum(-1)
+        new = (residual.square() / scale).sum(-1)
         left = left & ~(new < RESIDUAL**2 * start)
         if not bool(left.any()):
             return x
         turn = torch.where(left, new / square, 0.0).unsqueeze(-1)
-        direction, square = scale * residual + turn * direction, new
+        direction, square = residual / scale + turn * direction, new
     return f"was not solved to {RESIDUAL:.0%} in {PRODUCTS} products: too ill-conditioned for a gap in nats"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from bbvi_conv.monitor.distance import (
     CUT_OFF,
     DENSE,
     PRODUCTS,
+    equilibration,
     half_norm,
     half_norm_by_products,
     paired_improvement,
@@ -413,7 +415,7 @@ def _half_norm(gradients: Tensor, matrix: Tensor | _Products | str, name: str) -
         return unavailable("a gradient at the returned parameters is not finite: lower the step size or rescale")
     if isinstance(matrix, Tensor):
         return half_norm(gradients, matrix, name)
-    return half_norm_by_products(gradients, matrix, name)
+    return half_norm_by_products(gradients, matrix, matrix.scale, name)
 
 
 class _Products:
@@ -426,6 +428,11 @@ class _Products:
         whole = self._x.new_zeros(len(vectors), len(self._x))
         whole[:, self._active] = vectors
         return self._products(whole)[:, self._active]
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """The scale of every active coordinate."""
+        return equilibration(self, self._x[self._active])
 
     def dense(self) -> Tensor:
         """All columns, made symmetric."""

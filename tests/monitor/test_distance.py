@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bbvi_conv.monitor.distance import (
     RESIDUAL,
+    Products,
     conjugate_gradients,
     equilibration,
     half_norm,
@@ -26,6 +27,10 @@ def spd(size: int, condition: float, seed: int = 0) -> Tensor:
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
     spectrum = torch.logspace(0, math.log10(condition), size, dtype=torch.float64)
     return basis * spectrum @ basis.T
+
+
+def by_products(gradients: Tensor, products: Products, name: str) -> Estimate:
+    return half_norm_by_products(gradients, products, equilibration(products, gradients[0]), name)
 
 
 def noisy(mean: Tensor, count: int, seed: int) -> Tensor:
@@ -55,7 +60,7 @@ def test_products_agree_with_the_dense_matrix_without_noise() -> None:
     gradient = torch.randn(60, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     same = gradient.expand(8, -1)
     dense = half_norm(same, matrix, "A")
-    products = half_norm_by_products(same, lambda v: v @ matrix, "A")
+    products = by_products(same, lambda v: v @ matrix, "A")
     # b'(A^-1 b - x) = r'A^-1 r, at most RESIDUAL^2 b'D^-1 b / smallest eigenvalue of D^-1/2 A D^-1/2
     scale = equilibration(lambda v: v @ matrix, gradient)
     whitened = matrix / scale.sqrt() / scale.sqrt()[:, None]
@@ -69,7 +74,7 @@ def test_products_are_unbiased_and_their_interval_covers() -> None:
     matrix = spd(size, 10.0, seed=3)
     mean = torch.full((size,), 0.3, dtype=torch.float64)
     exact = 0.5 * float(mean @ torch.linalg.solve(matrix, mean))
-    found = [half_norm_by_products(noisy(mean, count, seed), lambda v: v @ matrix, "A") for seed in range(replications)]
+    found = [by_products(noisy(mean, count, seed), lambda v: v @ matrix, "A") for seed in range(replications)]
     values = torch.tensor([e.value for e in found])
     stderr = float(values.std()) / math.sqrt(replications)
     assert stderr < 0.03 * exact
@@ -82,7 +87,7 @@ def test_products_are_unbiased_and_their_interval_covers() -> None:
 def test_a_matrix_that_is_not_positive_definite_gives_a_reason(smallest: float) -> None:
     matrix = torch.diag(torch.tensor([1.0, 2.0, smallest], dtype=torch.float64))
     gradients = noisy(torch.ones(3, dtype=torch.float64), 16, 0)
-    for found in (half_norm(gradients, matrix, "H"), half_norm_by_products(gradients, lambda v: v @ matrix, "H")):
+    for found in (half_norm(gradients, matrix, "H"), by_products(gradients, lambda v: v @ matrix, "H")):
         assert found.value is None
         assert found.reason.startswith("H ")
     assert "not positive definite" in half_norm(gradients, matrix, "H").reason
@@ -90,10 +95,10 @@ def test_a_matrix_that_is_not_positive_definite_gives_a_reason(smallest: float) 
 
 def test_conjugate_gradients_say_when_they_give_up() -> None:
     matrix = spd(400, 1e8, seed=2)
-    answer = conjugate_gradients(lambda v: v @ matrix, torch.ones(2, 400, dtype=torch.float64))
+    answer = conjugate_gradients(lambda v: v @ matrix, torch.ones(2, 400, dtype=torch.float64), matrix.diagonal())
     assert isinstance(answer, str)
     assert "too ill-conditioned" in answer
-    still = conjugate_gradients(lambda v: v @ matrix, torch.zeros(2, 400, dtype=torch.float64))
+    still = conjugate_gradients(lambda v: v @ matrix, torch.zeros(2, 400, dtype=torch.float64), matrix.diagonal())
     assert torch.equal(still, torch.zeros(2, 400, dtype=torch.float64))
 
 
@@ -102,7 +107,7 @@ def test_each_row_is_solved_when_its_time_comes() -> None:
     matrix = spd(50, 30.0, seed=4)
     easy = torch.linalg.eigh(matrix).eigenvectors[:, 3]
     b = torch.stack([torch.zeros_like(easy), easy, torch.ones_like(easy)])
-    found = conjugate_gradients(lambda v: v @ matrix, b)
+    found = conjugate_gradients(lambda v: v @ matrix, b, torch.ones(50, dtype=torch.float64))
     assert isinstance(found, Tensor)
     assert torch.equal(found[0], b[0])
     for x, row in zip(found[1:], b[1:], strict=True):
@@ -122,7 +127,7 @@ def test_units_of_parameters_do_not_matter_to_products() -> None:
         return vectors * scales @ matrix * scales
 
     exact = 0.5 * float(gradient @ torch.linalg.solve(matrix, gradient))
-    found = half_norm_by_products((scales * gradient).expand(8, -1), products, "A")
+    found = by_products((scales * gradient).expand(8, -1), products, "A")
     assert found.value == pytest.approx(exact, rel=0.02)
     assert sum(made) < 60
 
