@@ -339,12 +339,14 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     assert min(times) < 0.5
 
 
-def test_a_fit_and_its_report_load_no_library_for_a_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["mean-field", "full-rank"])
+def test_a_fit_and_its_report_load_no_library_for_a_number(family: str, tmp_path: Path) -> None:
     """Each took between half a second and two of every fit's start."""
     code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from bbvi_conv.cli import app; app()"
     model = Path(__file__).parent.parent / "models/eight_schools.py"
-    arguments = ["fit", str(model), "--steps", "200", "--engine", "traced", "--out", str(tmp_path / "run")]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    arguments = ["fit", str(model), "--family", family, "--steps", "200", "--engine", "traced"]
+    command = [sys.executable, "-c", code, *arguments, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "matplotlib" in loaded
     assert (tmp_path / "run" / "report.html").exists()
