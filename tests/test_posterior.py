@@ -164,7 +164,7 @@ def test_both_generations_of_arviz_agree() -> None:
 
 @pytest.mark.parametrize("spread", [300.0, 3000.0])
 def test_weights_too_far_apart_for_their_numbers_have_a_large_shape(spread: float) -> None:
-    """Most of the tail is 0 beside the largest weight: libraries then find no tail but their prior, k = 0.05."""
+    """Where a quarter of the tail is 0 beside the largest weight, libraries find nothing but their prior, k = 0.05."""
     rng = np.random.default_rng(2)
     assert pareto_shape(spread * rng.standard_normal(1000)) > 50
     assert pareto_shape(np.append(rng.standard_normal(999), 3 * spread)) > 5
@@ -172,6 +172,41 @@ def test_weights_too_far_apart_for_their_numbers_have_a_large_shape(spread: floa
     estimate = tail(program, x, num_samples=500).khat
     assert estimate.value is not None
     assert estimate.value > 50
+
+
+@pytest.mark.parametrize("height", [600.0, 680.0, 684.0, 690.0, 700.0, 720.0, 760.0])
+def test_a_single_weight_has_a_large_shape_at_any_height(height: float) -> None:
+    """On both sides of what the fit can divide by."""
+    assert pareto_shape(np.append(np.random.default_rng(0).standard_normal(1999), height)) > 1
+
+
+def test_ties_that_a_fit_cannot_divide_by_have_no_tail() -> None:
+    for draws in (1200, 1400, 1600):
+        assert math.isnan(pareto_shape(np.append(np.zeros(82), np.full(draws - 82, -3.0))))
+    assert math.isnan(pareto_shape(np.append(np.zeros(1999), 600.0)))
+    assert not pareto_shape(np.append(1e-12 * np.random.default_rng(0).standard_normal(1999), 684.0)) < 1
+
+
+def test_draws_without_density_do_not_make_the_others_equal() -> None:
+    """log p of -inf is no size that rounding errors are a share of."""
+
+    def cut(y: Tensor) -> None:
+        with pyro.plate("n", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.factor("slope", torch.where(z > -3.0, 5.0 * z, -math.inf))
+
+    def guide(y: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(1.0))
+        with pyro.plate("n", len(y)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(y)), scale))
+
+    for units in (1, 20):
+        program = build(cut, guide, (torch.zeros(units),))
+        found = tail(program, program.initial(), num_samples=2000)
+        assert found.khat.value is not None
+        assert found.khat.value > 1
+        assert found.effective is not None
+        assert found.effective < 0.02
 
 
 def test_weights_that_are_zero_are_named() -> None:

@@ -41,12 +41,13 @@ class PackedGuide(AutoContinuous):  # type: ignore[misc]
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """As Pyro's, by a function that does not import sympy, which takes half a second of a short fit."""
-        sites = list(self.prototype_trace.iter_stochastic_nodes())
-        shapes = [self._unconstrained_shapes[name] for name, _ in sites]
-        parts = torch.split(latent, [shape.numel() for shape in shapes], -1)
-        for (_, site), shape, part in zip(sites, shapes, parts, strict=True):
+        end = 0
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            shape = self._unconstrained_shapes[name]
+            start, end = end, end + shape.numel()
             event_dim = site["fn"].event_dim + len(shape) - site["value"].dim()
-            yield site, part.reshape(broadcast_shape(shape, latent.shape[:-1] + (1,) * event_dim))
+            whole = broadcast_shape(shape, latent.shape[:-1] + (1,) * event_dim)
+            yield site, latent[..., start:end].view(whole)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """The law over the packed unconstrained vector."""

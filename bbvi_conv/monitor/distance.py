@@ -23,10 +23,12 @@ from bbvi_conv.monitor.intervals import Estimate, student_quantile, unavailable
 DENSE = 2000
 """Parameters up to which the matrix is formed; beyond, at most ``PRODUCTS`` conjugate-gradient products."""
 PRODUCTS = 50
-SCALINGS = 4
-"""Rounds of two products each that find the scale of every parameter before."""
+SCALINGS = (2, 2, 2, 8)
+"""Products in each of the rounds that find the scale of every parameter before."""
 RESIDUAL = 0.05
-"""Relative residual at which the conjugate-gradient solution is accepted."""
+"""Relative residual at which the conjugate-gradient solution is accepted,"""
+DELAY, GAIN = 4, 0.01
+"""where so many products have not added more than this share to the distance."""
 
 CUT_OFF = (
     "every gradient is exactly zero though the loss depends on the draw: a saturated or clipped layer has cut all "
@@ -39,8 +41,13 @@ Products = Callable[[Tensor], Tensor]
 
 
 def rounding_error(size: Tensor, dtype: torch.dtype) -> float:
-    """What rounding alone can make of the difference of two log densities of this size."""
-    return 64.0 * torch.finfo(dtype).eps * max(1.0, float(size.abs().max()))
+    """What rounding alone can make of the difference of two log densities of this size; infinite ones are apart."""
+    return 64.0 * torch.finfo(dtype).eps * max(1.0, float(finite_size(size)))
+
+
+def finite_size(values: Tensor) -> Tensor:
+    """The largest size of the numbers that are finite; 0 without any."""
+    return torch.where(values.isfinite(), values, 0.0).abs().max()
 
 
 def half_norm(gradients: Tensor, matrix: Tensor, name: str, *, level: float = 0.95) -> Estimate:
@@ -89,42 +96,53 @@ def conjugate_gradients(products: Products, b: Tensor, scale: Tensor) -> Tensor 
     r"""Solve A x = b for each row of ``b`` ``(R, P)`` with at most ``PRODUCTS`` products, or say in words why not.
 
     Preconditioned by D, the ``scale`` of the parameters: without, what some of them have to themselves hardly counts in
-    the residual r, and a solution is accepted long before :math:`b^\top x` is right. A row is solved where
-    :math:`r^\top D^{-1} r < 0.05^2\, b^\top D^{-1} b`.
+    the residual r. A row is solved where :math:`r^\top D^{-1} r < 0.05^2\, b^\top D^{-1} b` and the last four products
+    added less than 1% to :math:`b^\top x`, for a small residual along directions of little curvature may be most of it.
+    What a product adds is what the error :math:`(x - A^{-1} b)^\top A (x - A^{-1} b)` loses.
+
+    Source: Hestenes and Stiefel (1952); Strakos and Tichy (2002), On error estimation in the conjugate gradient method.
     """
+    if not bool(scale.isfinite().all()):
+        return "has products that are not finite"
     x, residual, direction = torch.zeros_like(b), b.clone(), b / scale
     square = (residual * direction).sum(-1)
-    start, left = square, square > 0
-    if not bool(left.any()):
-        return x
+    start, left = square, square != 0
+    totals = [torch.zeros_like(square)] * (DELAY + 1)  # of b' x, the newest last
     for _ in range(PRODUCTS):
+        if not bool(left.any()):
+            return x
         image = products(direction)
         curvature = (direction * image).sum(-1)
         if not bool((curvature > 0)[left].all()):
             return "is not positive definite on the directions used"
-        step = torch.where(left, square / curvature, 0.0).unsqueeze(-1)
-        x, residual = x + step * direction, residual - step * image
+        step = torch.where(left, square / curvature, 0.0)
+        totals = [*totals[1:], totals[-1] + step * square]
+        x, residual = x + step.unsqueeze(-1) * direction, residual - step.unsqueeze(-1) * image
         new = (residual.square() / scale).sum(-1)
-        left = left & ~(new < RESIDUAL**2 * start)
-        if not bool(left.any()):
-            return x
+        solved = (new < RESIDUAL**2 * start) & (totals[-1] - totals[0] < GAIN * totals[-1])
+        left = left & ~(solved | (new <= (64 * torch.finfo(b.dtype).eps) ** 2 * start))
         turn = torch.where(left, new / square, 0.0).unsqueeze(-1)
         direction, square = residual / scale + turn * direction, new
+    if not bool(left.any()):
+        return x
     return f"was not solved to {RESIDUAL:.0%} in {PRODUCTS} products: too ill-conditioned for a gap in nats"
 
 
 def equilibration(products: Products, like: Tensor) -> Tensor:
     r"""D ``(P,)``, positive, with rows of :math:`D^{-1/2} A D^{-1/2}` of norm about one: units do not matter then.
 
-    Four times D is multiplied by those norms, as two vectors of random signs tell them: the mean of the squares of
-    :math:`(A v)_i` is the squared norm of row i. Of a diagonal A it is the diagonal.
+    Four times D is multiplied by those norms, as vectors v of random signs tell them: in mean :math:`(A v)_i^2` is the
+    squared norm of row i. It takes eight of them in the end: in the sum of a few large entries signs may cancel. Of a
+    diagonal A it is the diagonal, where that spans fewer than ten decades.
 
     Source: Ruiz (2001), RAL-TR-2001-034; by products of random vectors Bradley and Murray (2012), arXiv:1110.2805.
     """
     generator, d = torch.Generator().manual_seed(0), torch.ones_like(like)
-    for _ in range(SCALINGS):
-        signs = (torch.randint(0, 2, (2, len(d)), generator=generator) * 2 - 1).to(d)
-        d = d * (products(signs * d.rsqrt()) * d.rsqrt()).square().mean(0).sqrt()
+    for count in SCALINGS:
+        signs = torch.randint(0, 2, (count, len(d)), generator=generator, device="cpu") * 2 - 1
+        rows = products(signs.to(d) * d.rsqrt()) * d.rsqrt()
+        largest = rows.abs().max().clamp(min=torch.finfo(d.dtype).tiny)  # so that no square overflows
+        d = d * (rows / largest).square().mean(0).sqrt() * largest
         d = d.clamp(min=max(float(d.max()) * 1e-10, torch.finfo(d.dtype).tiny))
     return d
 

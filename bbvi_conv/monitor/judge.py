@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -36,12 +35,13 @@ FIRST_DRAWS, MOST_DRAWS = 256, 4096
 GRADIENT_COST = 20_000_000
 """Draws times width that the gradients or losses of a check may cost; at least 32 draws are made."""
 MATRIX_COST = 50_000_000
-"""Products times draws times width that a curvature matrix may cost."""
+"""Products times draws times width that a curvature matrix may cost, beyond the fewest draws that tell something."""
 ROUGH_COST = 2_000_000
 """The same, from which curvature is that of fewer draws as long as the run is sure to go on."""
 
 FISHER_DRAWS = 64
-"""Draws that Fisher information is of at least: of fewer, that of one scale among thousands is likely negative."""
+"""Fewest draws of Fisher information that is had by products: of fewer, that of one scale among thousands is likely
+negative. A draw of it takes the density of q alone."""
 
 SURE = 10
 """Tolerances by which a window improves the bound where the run is sure to go on."""
@@ -375,10 +375,10 @@ class Judge:
     ) -> Tensor | _Products:
         """A mean curvature matrix on the active coordinates, or its products where forming it would cost too much."""
         spent = self._effort(calculus, len(active))
-        draws = max(least, spent.rough if rough else spent.matrix)
-        feed = self._feed(calculus, "evaluate", keys.next(), draws, spread=True)
+        draws = spent.rough if rough else spent.matrix
+        feed = self._feed(calculus, "evaluate", keys.next(), draws if spent.dense else max(least, draws), spread=True)
         known = _Products(lambda vectors: products(x, vectors, feed), x, active)
-        return known.dense() if spent.dense else known
+        return known.dense() if spent.dense else known.scaled()
 
     def _hessian(self, x: Tensor, active: Tensor, keys: _Keys, rough: bool) -> Tensor | _Products | str:
         """The matrix, its products where it is large, or why there is none."""
@@ -429,10 +429,10 @@ class _Products:
         whole[:, self._active] = vectors
         return self._products(whole)[:, self._active]
 
-    @cached_property
-    def scale(self) -> Tensor:
-        """The scale of every active coordinate."""
-        return equilibration(self, self._x[self._active])
+    def scaled(self) -> _Products:
+        """These, with the ``scale`` of every active coordinate."""
+        self.scale = equilibration(self, self._x[self._active])
+        return self
 
     def dense(self) -> Tensor:
         """All columns, made symmetric."""

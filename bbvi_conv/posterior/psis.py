@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-from bbvi_conv.monitor.distance import rounding_error
+from bbvi_conv.monitor.distance import finite_size, rounding_error
 from bbvi_conv.monitor.intervals import Estimate, unavailable
 from bbvi_conv.posterior.draws import STREAM, Mapped, draw, local, row_step
 from bbvi_conv.program.buffers import buffers_kept
@@ -28,7 +28,7 @@ from bbvi_conv.program.program import Program
 
 MIN_UNITS, MAX_UNITS = 100, 200
 MIN_DRAWS = 25
-_UNDERFLOW = math.log(np.finfo(np.float64).tiny) + 20.0
+_LEAST = math.exp(math.log(np.finfo(np.float64).tiny) + 20.0)
 _KEY = 1_000_003  # a block of the stream that no export reaches
 
 
@@ -93,21 +93,25 @@ def pareto_shape(log_w: NDArray[np.float64]) -> float:
     r"""The Pareto shape k-hat of log weights ``(S,)``; NaN where ties leave no tail.
 
     Zhang and Stephens' fit, by Pyro, to how far the :math:`M = \lfloor\min(S/5, 3\sqrt S)\rfloor` largest weights lie
-    above the next. Where a quarter of these or more are 0 beside the largest of them, it is Hill's estimate, the mean
-    of :math:`\log w - \log w_{(S-M)}`, shrunk alike to :math:`(Mk + 5)/(M + 10)`: the two are alike where k is large.
+    above the next. Where the lower quarter of these is less than :math:`e^{-688}` of the largest, which the fit cannot
+    divide by, it is Hill's estimate, the mean of :math:`\log w - \log w_{(S-M)}`, shrunk alike to
+    :math:`(Mk + 5)/(M + 10)`, infinite where that weight is 0: both are far above any threshold there.
     """
     ordered = np.sort(log_w) - log_w.max()
     count = _tail_length(len(log_w))
     cutoff, largest = ordered[-count - 1], ordered[-count:]
-    quartile = largest[int(count / 4 - 0.5)]  # the fit divides by what it is above the cutoff
-    if quartile < _UNDERFLOW:
-        with np.errstate(invalid="ignore"):  # weights that are 0 have none
-            return float((np.sum(largest - cutoff) + 5) / (count + 10))
     above = np.exp(largest) - np.exp(cutoff)
-    if above[int(count / 4 - 0.5)] == 0:
+    if above[-1] == 0:
         return math.nan
-    k, _ = fit_generalized_pareto(torch.from_numpy(above))
-    return float(k)
+    if above[int(count / 4 - 0.5)] < _LEAST:
+        if largest[int(count / 4 - 0.5)] == cutoff:
+            return math.nan
+        return float((np.sum(largest - cutoff) + 5) / (count + 10))
+    try:
+        with torch.device("cpu"):  # where Pyro makes tensors of its own
+            return float(fit_generalized_pareto(torch.from_numpy(above))[0])
+    except ZeroDivisionError:  # ties that fit an exponential tail exactly
+        return math.nan
 
 
 def _tail_length(draws: int) -> int:
@@ -183,7 +187,7 @@ def _unit_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[N
     def function(normal: Tensor, uniform: Tensor, *fixed: Tensor) -> dict[str, Tensor]:
         seen = Batch(fixed[:number], fixed[number] if len(fixed) > number else None)
         terms = program.log_weights(theta, phi, phi, Noise(normal, uniform), seen)
-        return {"log_w": (terms.log_p - terms.log_q)[picked], "size": terms.log_p.abs().max()}
+        return {"log_w": (terms.log_p - terms.log_q)[picked], "size": finite_size(terms.log_p)}
 
     mapped: Mapped | None = None
     columns, sizes = [], []

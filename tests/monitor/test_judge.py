@@ -321,6 +321,18 @@ def test_both_distances_are_known_of_thousands_of_scales() -> None:
         assert estimate.value == pytest.approx(excess, rel=0.05)
 
 
+def test_a_missing_second_derivative_of_many_parameters_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> Tensor:
+        raise RuntimeError("derivative for aten::anything is not implemented")
+
+    x, noise, target = observations(1200)
+    program = build(conjugate, args=(x, noise), family=MeanField())
+    monkeypatch.setattr(Calculus, "hessian_products", missing)
+    found = Judge(calculus(program), seed=0).check(0, at(program, target.mean, target.stddev), None)
+    assert "no second derivative here (derivative for aten::anything" in found.gap.reason
+    assert found.natural.value is not None
+
+
 def test_the_noise_of_a_check_depends_on_its_step_alone() -> None:
     x, noise, target = observations(5)
     program = build(conjugate, args=(x, noise), family=MeanField())

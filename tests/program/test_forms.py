@@ -137,4 +137,7 @@ def test_numbers_filled_in_place_through_a_mask() -> None:
     assert torch.equal(graph(x), fill(x))
     slopes = [torch.func.grad(lambda x, f=f: f(x).sum())(x) for f in (graph, fill)]
     assert torch.equal(*slopes)
+    with taped(Tape(None, {})), pytest.warns(UserWarning, match="expanded"):
+        shared = torch.zeros(1).expand(3).masked_fill_(torch.tensor([True, True, True]), 2.0)
+    assert torch.equal(shared, torch.full((3,), 2.0))
     assert slopes[0].abs().sum() > 0
