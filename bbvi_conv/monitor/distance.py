@@ -11,6 +11,7 @@ Both are U-statistics, so the noise of the gradients does not bias them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -108,9 +109,11 @@ def conjugate_gradients(products: Products, b: Tensor, scale: Tensor) -> Tensor 
     square = (residual * direction).sum(-1)
     start, left = square, square != 0
     totals = [torch.zeros_like(square)] * (DELAY + 1)  # of b' x, the newest last
-    for _ in range(PRODUCTS):
+    for made in itertools.count():
         if not bool(left.any()):
             return x
+        if made == PRODUCTS:
+            break
         image = products(direction)
         curvature = (direction * image).sum(-1)
         if not bool((curvature > 0)[left].all()):
@@ -123,8 +126,6 @@ def conjugate_gradients(products: Products, b: Tensor, scale: Tensor) -> Tensor 
         left = left & ~(solved | (new <= (64 * torch.finfo(b.dtype).eps) ** 2 * start))
         turn = torch.where(left, new / square, 0.0).unsqueeze(-1)
         direction, square = residual / scale + turn * direction, new
-    if not bool(left.any()):
-        return x
     return f"was not solved to {RESIDUAL:.0%} in {PRODUCTS} products: too ill-conditioned for a gap in nats"
 
 

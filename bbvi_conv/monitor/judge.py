@@ -419,7 +419,13 @@ def _half_norm(gradients: Tensor, matrix: Tensor | _Products | str, name: str) -
 
 
 class _Products:
-    """Products of a curvature matrix restricted to the active coordinates."""
+    """Products of a curvature matrix restricted to the active coordinates.
+
+    Attributes:
+        scale: of every one of these, once :meth:`scaled` has found it.
+    """
+
+    scale: Tensor
 
     def __init__(self, products: Callable[[Tensor], Tensor], x: Tensor, active: Tensor) -> None:
         self._products, self._x, self._active = products, x, active
@@ -430,7 +436,7 @@ class _Products:
         return self._products(whole)[:, self._active]
 
     def scaled(self) -> _Products:
-        """These, with the ``scale`` of every active coordinate."""
+        """Find the scale, by products."""
         self.scale = equilibration(self, self._x[self._active])
         return self
 

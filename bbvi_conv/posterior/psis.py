@@ -28,7 +28,7 @@ from bbvi_conv.program.program import Program
 
 MIN_UNITS, MAX_UNITS = 100, 200
 MIN_DRAWS = 25
-_LEAST = math.exp(math.log(np.finfo(np.float64).tiny) + 20.0)
+_LEAST = math.exp(20.0) * float(np.finfo(np.float64).tiny)
 _KEY = 1_000_003  # a block of the stream that no export reaches
 
 
@@ -99,12 +99,13 @@ def pareto_shape(log_w: NDArray[np.float64]) -> float:
     """
     ordered = np.sort(log_w) - log_w.max()
     count = _tail_length(len(log_w))
+    quartile = int(count / 4 - 0.5)
     cutoff, largest = ordered[-count - 1], ordered[-count:]
     above = np.exp(largest) - np.exp(cutoff)
     if above[-1] == 0:
         return math.nan
-    if above[int(count / 4 - 0.5)] < _LEAST:
-        if largest[int(count / 4 - 0.5)] == cutoff:
+    if above[quartile] < _LEAST:
+        if largest[quartile] == cutoff:
             return math.nan
         return float((np.sum(largest - cutoff) + 5) / (count + 10))
     try:
