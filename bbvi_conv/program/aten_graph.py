@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from bbvi_conv.program.faithful import differing
-from bbvi_conv.program.graph_module import constant
+from bbvi_conv.program.graph_module import Kind, constant
 from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.tracer import trace
 
@@ -22,6 +22,7 @@ class Untraceable(RuntimeError):
 
 
 _aten: Any = torch.ops.aten
+_FLOATS = (torch.float32, torch.float64)
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -75,6 +76,7 @@ def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = 
             raise Untraceable(f"random operation {node.target} is not on the noise tape")
         if node.op == "call_function":
             _fix_dtype(node)
+            _fix_promotion(graph, node)
             _fix_ends(node)
             _fix_masks(graph, node)
             if node.target is _aten.view.default:  # what is one block of memory here may not be under vmap
@@ -147,6 +149,27 @@ def _fix_dtype(node: Node) -> None:
         return
     if any(argument.name == "dtype" for argument in schema.arguments):
         node.kwargs = {**node.kwargs, "dtype": node.meta["tensor_meta"].dtype}
+
+
+_NOT_TAGGED = {_aten.floor_divide.default, _aten.floor_divide.Scalar, _aten.logsumexp.default}
+"""Operations on numbers that torch does not list as such."""
+
+
+def _fix_promotion(graph: GraphModule, node: Node) -> None:
+    """Let what makes whole numbers floats, at torch's default dtype of tracing time, be given floats: ``0.1 * n``."""
+    kind, given = node.meta.get("tensor_meta"), node.all_input_nodes
+    if torch.Tag.pointwise not in getattr(node.target, "tags", ()) and node.target not in _NOT_TAGGED:
+        return
+    if not given or node.kwargs.get("dtype") is not None or not isinstance(kind, Kind) or kind.dtype not in _FLOATS:
+        return
+    kinds = [old for old in (source.meta.get("tensor_meta") for source in given) if isinstance(old, Kind)]
+    if len(kinds) < len(given) or any(old.dtype.is_floating_point or old.dtype.is_complex for old in kinds):
+        return
+    for source, old in zip(given, kinds, strict=True):
+        with graph.graph.inserting_before(node):
+            cast = graph.graph.call_function(_aten._to_copy.default, (source,), {"dtype": kind.dtype})
+        cast.meta["tensor_meta"] = old._replace(dtype=kind.dtype)
+        node.replace_input_with(source, cast)
 
 
 _SLICES = {_aten.slice.Tensor: 1, _aten.slice_scatter.default: 2, _aten.slice_backward.default: 2}

@@ -60,6 +60,48 @@ def filled(x: Tensor) -> tuple[Tensor, ...]:
     return (torch.empty_like(x).fill_(1).sub_(x) * x, torch.empty_like(x).zero_().add_(x))
 
 
+WHOLE = {
+    "scaled": lambda n, b: (0.1 * n, n - 0.1, n / 3, n / (n + 2), 1 / n, n**0.3, 0.3**n),
+    "functions": lambda n, b: (n.sin(), n.exp(), torch.sigmoid(n), torch.lgamma(n), torch.log1p(n), n.clamp(min=0.1)),
+    "of two": lambda n, b: (torch.atan2(n, n + 1), torch.xlogy(n, n), torch.tensor(0.1) + n, b.sum() * 0.1),
+    "chosen": lambda n, b: (torch.where(b, 0.1, 0.2), torch.where(b, n, 0.2), torch.where(b, 0.1, n), b * 0.1),
+    # of torch's rules: a vector of float32, made of whole numbers, makes float32 of a single number of float64
+    "from data": lambda n, b: (torch.tensor(1 / 3, dtype=torch.float64) - 2.0 * n,),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_numbers_become_floats_of_tracing_time(name: str) -> None:
+    """A program's float type is torch's default while it is traced, and need not be when the graph runs."""
+    n = torch.arange(1, 9)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        graph, right = to_graph(WHOLE[name], n, n > 3), WHOLE[name](n, n > 3)
+    finally:
+        torch.set_default_dtype(before)
+    assert before is torch.float32
+    assert any(not torch.equal(a, b) for a, b in zip(WHOLE[name](n, n > 3), right, strict=True))  # power
+    for found, expected in zip(graph(n, n > 3), right, strict=True):
+        assert found.dtype is torch.float64
+        assert torch.equal(found, expected)
+
+
+@torch.library.custom_op("bbvi_conv_tests::looked_up", mutates_args=())
+def looked_up(at: Tensor) -> Tensor:
+    return torch.arange(10.0, dtype=torch.float64)[at]
+
+
+looked_up.register_fake(lambda at: at.new_empty(at.shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("function", [looked_up, lambda at: at.view(torch.float64) + 1.0])
+def test_whole_numbers_that_are_no_numbers_stay(function: Callable[[Tensor], Tensor]) -> None:
+    """Indices of an operation of a user's own, and bits that are read as another type."""
+    at = torch.tensor([3, 1, 2])
+    assert torch.equal(to_graph(function, at)(at), function(at))
+
+
 def test_what_is_filled_is_mapped_without_a_loop(capfd: pytest.CaptureFixture[str]) -> None:
     """torch says so on stderr where it maps an operation one by one, which is slow."""
     x = torch.arange(6.0).reshape(2, 3)
