@@ -113,6 +113,47 @@ def test_assignments_of_a_mixture_row_by_row() -> None:
     assert (float(spread.mean()), float(spread.std())) == (pytest.approx(0.0, abs=0.03), pytest.approx(1.0, abs=0.03))
 
 
+def test_values_that_are_vectors_are_drawn_as_such() -> None:
+    """One-hot assignments, beside the same by numbers; states of a chain, each by the one before."""
+
+    def one_hot(y: Tensor) -> None:
+        means = pyro.sample("means", dist.Normal(torch.tensor([-2.0, 3.0]), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.4, 0.6])))
+            pyro.sample("y", dist.Normal((z * means).sum(-1), 1.0), obs=y)
+
+    program = build(one_hot, None, (Y,), family=MeanField(), dtype=torch.float64)
+    drawn = draw(program, program.initial(), 4000, 0, replicate=True)
+    means, z = drawn.latent["means"], drawn.latent["z"]
+    assert z.shape == (4000, len(Y), 2)
+    assert torch.equal(z.sum(-1), torch.ones(4000, len(Y), dtype=z.dtype))
+    joint = dist.Normal(means.unsqueeze(1), 1.0).log_prob(Y.reshape(1, -1, 1)) + torch.tensor([0.4, 0.6]).log()
+    assert ((z - joint.softmax(-1)).mean(0).abs() < 4 * 0.5 / 4000**0.5).all()
+    spread = drawn.replicated["y"] - (z * means.unsqueeze(1)).sum(-1)
+    assert (float(spread.mean()), float(spread.std())) == (pytest.approx(0.0, abs=0.03), pytest.approx(1.0, abs=0.03))
+
+    def chain_of_vectors(y: Tensor) -> None:
+        stay = pyro.sample("stay", dist.Beta(8.0, 2.0))
+        rows = torch.stack([torch.stack([stay, 1 - stay]), torch.stack([1 - stay, stay])])
+        z = torch.tensor([1.0, 0.0], dtype=y.dtype)
+        for t in pyro.markov(range(len(y))):
+            z = pyro.sample(f"z_{t}", dist.OneHotCategorical((z.unsqueeze(-1) * rows).sum(-2)))
+            pyro.sample(f"y_{t}", dist.Normal(5.0 * z[..., 1] - 2.0, 4.0), obs=y[t])
+
+    paths = {}
+    for model in (chain, chain_of_vectors):
+        program = build(model, None, (Y,), family=MeanField(), dtype=torch.float64)
+        found = draw(program, program.initial(), 6000, 0).latent
+        states = [found[f"z_{t}"] for t in range(len(Y))]
+        paths[model] = torch.stack([s[..., 1] if s.dim() > 1 else s.double() for s in states], -1)
+    ends = [path.cov() for path in (p.T for p in paths.values())]
+    assert (ends[0] - ends[1]).abs().max() < 0.02
+    assert (paths[chain].mean(0) - paths[chain_of_vectors].mean(0)).abs().max() < 0.04
+    assert ends[0].fill_diagonal_(0).max() > 0.05  # power
+    exported = bc.fit(one_hot, args=(Y,), max_steps=200, engine="traced").to_arviz(20)
+    assert exported.posterior["z"].shape == (1, 20, len(Y), 2)
+
+
 def test_states_of_a_chain_are_drawn_together() -> None:
     """Pairs of neighbouring states against all 2^6 paths."""
     program = build(chain, None, (Y,), family=MeanField(), dtype=torch.float64)

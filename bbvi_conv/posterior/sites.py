@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
@@ -74,6 +75,39 @@ class Unobserved(Messenger):  # type: ignore[misc]
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
+class Places(Messenger):  # type: ignore[misc]
+    """Enumerated sites whose values are no single numbers give their places in the list of values to all around.
+
+    What draws enumerated sites together, Pyro's, picks single numbers only. The model gets the values.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+        self._laws: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        law = msg["fn"]
+        if msg["name"] in self.names and law.event_dim:
+            self._laws[msg["name"]] = law
+            msg["fn"] = dist.Categorical(logits=law.log_prob(law.enumerate_support(expand=False)).movedim(0, -1))
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self._value(msg["name"], msg)
+
+    def _value(self, name: str, site: Any) -> None:
+        if name in self._laws:
+            law = site["fn"] = self._laws[name]
+            listed = law.enumerate_support(expand=False)
+            site["value"] = listed.reshape(-1, *law.event_shape)[site["value"]]
+
+    def valued(self, trace: Trace) -> Trace:
+        """The trace of what has run inside with values in place of places."""
+        for name in self._laws:
+            self._value(name, trace.nodes[name])
+        return trace
+
+
 def replay(program: Program, x: Tensor, latents: Mapping[str, Tensor], batch: Batch, free: Sequence[str] = ()) -> Trace:
     """The model's trace at flat parameters ``x`` with the latent sites given and the sites ``free`` sampled afresh.
 
@@ -81,18 +115,20 @@ def replay(program: Program, x: Tensor, latents: Mapping[str, Tensor], batch: Ba
     sampling.
     """
     bound = program.bind(program.model, x)
+    places = Places(() if program.enumerated is None else program.enumerated.names)
 
     def model(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             if program.plate is not None:
                 stack.enter_context(Rows({program.plate: batch.indices}))
             stack.enter_context(poutine.condition(data=dict(latents)))
+            stack.enter_context(places)
             return bound(*args, **kwargs)
 
     if program.enumerated is not None:
         model = infer_discrete(program.enumerated.marked(model), first_available_dim=program.enumerated.dim)
     with quiet_pyro(program.store, program.dtype, program.device), Unobserved(free):
-        return poutine.trace(model).get_trace(*program.positional(batch), **program.kwargs)
+        return places.valued(poutine.trace(model).get_trace(*program.positional(batch), **program.kwargs))
 
 
 def inspect_sites(
