@@ -48,11 +48,11 @@ def make_engine(
 ) -> Engine:
     """The engine of that name, for one seed or several at once.
 
-    ``"auto"`` traces where the program allows it, and compiles where the remaining ``steps`` repay it or an earlier
-    process has done so; where compiling fails it warns once and runs the traced steps. On a CUDA device steps are
-    captured and replayed, fused (``"compiled"``) where that repays compiling, or operation by operation
-    (``"cuda-graph"``). An engine asked for by its name gives ``reason``. ``amp`` is how matrix products and
-    convolutions of a step round.
+    ``"auto"`` traces where the program allows it, and compiles where the remaining ``steps`` repay it, with those of
+    earlier runs of the same program, or an earlier process has done so; where compiling fails it warns once and runs
+    the traced steps. On a CUDA device steps are captured and replayed, fused (``"compiled"``) where that repays
+    compiling, or operation by operation (``"cuda-graph"``); on any other they are traced. An engine asked for by its
+    name gives ``reason``. ``amp`` is how matrix products and convolutions of a step round.
 
     Raises:
         ValueError: unknown name; ``"traced"`` or ``"compiled"`` for a program that cannot be (with the reason), or an
@@ -83,8 +83,11 @@ def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
     device = traced.calculus.program.device
     if device.type == "cuda":
         return _captured(name, traced, steps * nodes * KERNEL_SECONDS)
-    if name == "cuda-graph":
-        raise ValueError(f'engine="cuda-graph" does not run on {device}; use engine="auto"')
+    if name == "cuda-graph" or (name == "compiled" and device.type != "cpu"):
+        raise ValueError(f'engine="{name}" does not run on {device}; use engine="auto"')
+    if device.type != "cpu":
+        traced.reason = f"the program traces, and nothing is compiled for {device}"
+        return traced
     if name == "auto" and nodes > MOST_NODES:
         traced.reason = f"a step has {nodes:,} operations, too many to compile: write loops with bc.scan"
         return traced
@@ -94,7 +97,7 @@ def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
         cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_NODE * nodes
         numbers = traced.num_seeds * sum(widths(traced.one.graph))
         saved = steps * (STEP_SECONDS_PER_NODE * made + STEP_SECONDS_PER_NUMBER * numbers)
-        if name == "auto" and not found and saved < cost:
+        if name == "auto" and not found and engine.lost(saved) < cost:
             traced.reason = f"the program traces, and {steps:,.0f} steps do not repay compiling"
             return traced
         built = engine.prepare()

@@ -80,6 +80,10 @@ class CompiledEngine:
         """Whether :meth:`prepare` will not take long."""
         return self._loop.cached
 
+    def lost(self, seconds: float) -> float:
+        """Note what a run loses by other steps than these; what all such runs have lost since the cache was made."""
+        return self._loop.lost(seconds)
+
     def prepare(self) -> bool:
         """Compile, or load what an earlier process compiled; whether it was made now.
 

@@ -21,12 +21,14 @@ from bbvi_conv.engine import Calculus, Carry, Engine, Stream, make_engine, start
 from bbvi_conv.engine.compiled import CompiledEngine, _groups, in_turn
 from bbvi_conv.engine.engine import TracedEngine
 from bbvi_conv.engine.native import NativeLoop
+from bbvi_conv.engine.native.cache import folder
 from bbvi_conv.engine.streams import block_of
 from bbvi_conv.families import MeanField, NeuralSpline
 from bbvi_conv.objectives import ELBO, IWAE, Objective
 from bbvi_conv.optim import SGD, Adam, Constant, InverseSqrt
 from bbvi_conv.program import Minibatch, Program
 from bbvi_conv.program.build import build
+from bbvi_conv.program.scan import operations
 from bbvi_conv.program.trace import TracedLogWeights
 
 RULE = Adam(InverseSqrt(0.1))
@@ -434,6 +436,19 @@ def test_auto_weighs_steps_against_compiling(program: Program, monkeypatch: pyte
     assert (many.name, many.reason) == ("compiled", "compiled for this run")
     again = make_engine("auto", program, ELBO(), RULE, steps=100)
     assert (again.name, again.reason) == ("compiled", "compiled by an earlier run")
+
+
+def test_auto_weighs_what_runs_have_lost_together(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes the same few steps again and again waits for the compiler once, and no longer than it would."""
+    monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS", 5.0)
+    monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS_PER_NODE", 0.0)
+    monkeypatch.setattr("bbvi_conv.engine.choose.STEP_SECONDS_PER_NUMBER", 0.0)
+    rule = Adam(InverseSqrt(0.07))  # a program of its own
+    _, nodes = operations(make_engine("traced", program, ELBO(), rule).one.graph)  # type: ignore[union-attr]
+    monkeypatch.setattr("bbvi_conv.engine.choose.STEP_SECONDS_PER_NODE", 0.012 / nodes)
+    seen = [make_engine("auto", program, ELBO(), rule, steps=100).name for _ in range(6)]
+    assert seen == ["traced"] * 4 + ["compiled"] * 2
+    assert not list(folder().glob("*.lost"))
 
 
 @pytest.mark.parametrize(("size", "chosen"), [(10, "traced"), (50_000, "compiled")])

@@ -21,7 +21,7 @@ from bbvi_conv.engine.native.source import text
 FORMAT = "25"
 """Changes with the layout of a cache entry or with the generated code."""
 
-_LIBRARY, _PLAN = "step.so", "plan.json"
+_LIBRARY, _PLAN, _LOST = "step.so", "plan.json", ".lost"
 
 
 class NoCompiler(RuntimeError):
@@ -89,6 +89,17 @@ def is_cached(name: str) -> bool:
         return False
 
 
+def lost(name: str, more: float) -> float:
+    """Seconds that runs have lost for want of an entry of that name, these and ``more``; kept beside the entries."""
+    try:
+        path = cache.folder() / f"{name}{_LOST}"
+        total = more + (float(path.read_text()) if path.exists() else 0.0)
+        path.write_text(str(total))
+    except (cache.UnsafeCache, OSError, ValueError):
+        return more
+    return total
+
+
 def library(name: str, plans: Callable[[], Iterator[Plan]], *, contracted: bool) -> tuple[ctypes.CDLL, Plan, bool]:
     """The library of that name, from the cache or made now; its plan; and whether it was made now.
 
@@ -125,6 +136,7 @@ def _library(
             refused = refused or error
     else:
         raise refused or NoCompiler("there is nothing to compile")
+    (root / f"{name}{_LOST}").unlink(missing_ok=True)
     found = _load(root / name)
     if found is None:
         raise NoCompiler(f"the compiled library in {root / name} cannot be loaded")

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from bbvi_conv import __version__
 from bbvi_conv.engine.native import products, sparse
-from bbvi_conv.engine.native.library import is_cached, library, name_of
+from bbvi_conv.engine.native.library import is_cached, library, lost, name_of
 from bbvi_conv.engine.native.plan import Call, CannotCompile, Plan, View, replace_views, views
 from bbvi_conv.program.aten_graph import first_sentence
 from bbvi_conv.program.graphs import lift, results, widest
@@ -103,6 +103,10 @@ class NativeLoop:
     def cached(self) -> bool:
         """Whether making it will not take long."""
         return is_cached(self.name)
+
+    def lost(self, seconds: float) -> float:
+        """Note what a run loses without it; what all have lost so far."""
+        return lost(self.name, seconds)
 
     def load(self) -> bool:
         """Make or load the library and its memory; whether it was made now."""
