@@ -19,6 +19,7 @@ from bbvi_conv.monitor.state import signal_to_noise, summary
 from bbvi_conv.objectives import Objective
 from bbvi_conv.program.buffers import CalledModule, own_buffers, restore_buffers
 from bbvi_conv.program.build import positional
+from bbvi_conv.program.device import cpu_by_default, home
 from bbvi_conv.program.program import Params
 from bbvi_conv.progress import Progress
 from bbvi_conv.recipe import ModelSource, Recipe
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from bbvi_conv.theory import Assumptions
 
 
+@cpu_by_default
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any] | None = None,
@@ -71,9 +73,12 @@ def fit(
             from window to window: a model that overfits is stopped, and the window that they like best is returned.
         out: a new run directory: checkpoints at every look, then verdict, posterior and report.
         progress: show a progress bar on a terminal.
-        on_look: called with the :class:`~bbvi_conv.run.FitState` after every look and check.
+        on_look: called with the :class:`~bbvi_conv.run.FitState` after every look and check; torch's default device is
+            the CPU meanwhile.
         source: the file the model came from, for the run directory.
         **settings: fields of :class:`~bbvi_conv.run.Settings`, such as ``family``, ``objective`` and ``optimiser``.
+            Without ``device`` it runs where the first tensor of ``args`` and ``kwargs`` that is not on the CPU lies;
+            where there is none, on torch's default device.
 
     Returns:
         The fit; "not converged" is a verdict, not an exception.
@@ -87,8 +92,9 @@ def fit(
         raise TypeError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(_SETTINGS)}")
     if guide is not None and settings.get("family") is not None:
         raise ValueError("give a guide or a family, not both: the family would make another guide")
-    chosen = Settings(**{k: v for k, v in settings.items() if k != "family" or v is not None})
     recipe = Recipe.of(model, guide, args, kwargs, source, held_out)
+    settings = {name: value for name, value in settings.items() if value is not None or name not in _LEFT_OPEN}
+    chosen = Settings(**{"device": home(recipe.args, recipe.kwargs), **settings})
     program = recipe.program(chosen)
     unseen = recipe.unseen(program)
     archive = None
@@ -109,6 +115,7 @@ def fit(
 
 
 _SETTINGS = [f.name for f in dataclasses.fields(Settings)]
+_LEFT_OPEN = ("family", "device")
 
 
 def _drive(
@@ -193,6 +200,7 @@ class Fit:
         self.seconds.update(state.seconds)
 
     @cached_property
+    @cpu_by_default
     def verdict(self) -> Verdict:
         """Outcome, numbers, reasons; over all seeds, where there are several."""
         return self._verdict() if len(self.seeds) == 1 else self._verdict_of_seeds()
@@ -248,6 +256,7 @@ class Fit:
         """The model with the fitted values, in a parameter store of its own."""
         return self.program.bind(self.program.model, self.x)
 
+    @cpu_by_default
     def sample(
         self, num_samples: int = 1000, *, seed: int | None = None, rows: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -267,6 +276,7 @@ class Fit:
         drawn = draw(self.program, self.x, num_samples, self.settings.seed if seed is None else seed, rows)
         return {**drawn.latent, **drawn.deterministic}
 
+    @cpu_by_default
     def to_arviz(self, num_samples: int = 1000) -> Any:
         """Posterior in ArviZ's form: ``InferenceData`` (ArviZ 0.2x) or ``DataTree`` (ArviZ 1.x).
 
@@ -277,6 +287,7 @@ class Fit:
 
         return to_arviz(self, num_samples)
 
+    @cpu_by_default
     def plot(self, kind: str) -> Figure:
         """Figure of ``"gradient_norm"``, ``"bound"``, ``"gap"`` or ``"rate"``.
 
@@ -291,6 +302,7 @@ class Fit:
         return plot(self, kind)
 
     @cached_property
+    @cpu_by_default
     def use_of_latents(self) -> Latents:
         """KL and activity of every coordinate of the latents of single data, over the rows that figures show.
 
@@ -300,12 +312,14 @@ class Fit:
 
         return measured(self)
 
+    @cpu_by_default
     def assumptions(self, *, log_concave: bool | None = None) -> Assumptions:
         """What convergence theorems ask of this fit, at its parameters; see :func:`bbvi_conv.assumptions`."""
         from bbvi_conv.theory import of_fit
 
         return of_fit(self, log_concave)
 
+    @cpu_by_default
     def resume(self, steps: int | None = None, *, progress: bool = True, on_look: OnLook | None = None) -> Fit:
         """Go on where this fit stands: up to ``max_steps``, the same bits as a run never stopped; or ``steps`` more.
 
@@ -327,6 +341,7 @@ class Fit:
         self.run.settings = settings
         return _drive(self.run, state, settings.max_steps, self.archive, self.source, progress, on_look)
 
+    @cpu_by_default
     def save(self, directory: str | Path) -> None:
         """Write this fit to a new run directory; :func:`bbvi_conv.load` reads it."""
         from bbvi_conv.archive import Archive
@@ -456,6 +471,7 @@ class Fit:
         }
 
 
+@cpu_by_default
 def load(
     directory: str | Path,
     *,
@@ -480,7 +496,8 @@ def load(
 
     archive = Archive.open(directory)
     own = None if model is None else Recipe.of(model, guide, () if args is None else args, kwargs)
-    plan = archive.plan(own, None if held_out is None else positional(held_out), settings)
+    given = {name: value for name, value in settings.items() if value is not None or name != "device"}
+    plan = archive.plan(own, None if held_out is None else positional(held_out), given)
     program = plan.recipe.program(plan.settings)
     archive.check_model(program)
     run = Run(program, plan.settings, plan.recipe.unseen(program), engine_reason=plan.engine_reason)

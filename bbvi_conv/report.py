@@ -17,6 +17,7 @@ import numpy as np
 
 from bbvi_conv.decoded import NoFigure
 from bbvi_conv.plots import plot
+from bbvi_conv.program.device import cpu_by_default
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,6 +66,7 @@ class Row(NamedTuple):
     note: str
 
 
+@cpu_by_default
 def write_report(fit: Fit | str | Path, path: str | Path) -> None:
     """Write the report of a fit, or of the run in a directory; the file is whole or not there.
 

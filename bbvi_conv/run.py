@@ -51,7 +51,7 @@ class Settings:
         seed: seed of every stream of noise.
         num_seeds: S, independent runs at once, of the seeds ``seed .. seed + S - 1``.
         engine: ``"auto"``, ``"eager"``, ``"traced"``, ``"compiled"`` or ``"cuda-graph"``.
-        device: where it runs.
+        device: where it runs; :func:`bbvi_conv.fit` chooses, where it is not told.
         dtype: float type, or None for the default by size.
         amp: ``"bfloat16"``: matrix products and convolutions of a step take and give rounded numbers, for processors
             with units for them; ``"tf32"``: on CUDA they take numbers of 11 bits or more. All else stays as it is:

@@ -25,6 +25,7 @@ from bbvi_conv.objectives import ELBO
 from bbvi_conv.objectives.checks import check_count
 from bbvi_conv.optim import Adam, InverseSqrt, Optimiser, Within, empty_average
 from bbvi_conv.program.build import build, positional
+from bbvi_conv.program.device import cpu_by_default
 from bbvi_conv.program.program import Program
 
 
@@ -95,6 +96,7 @@ class VariationalEM:
         if self.gradient == "score-function" and self.num_particles < 2:
             raise ValueError("the score function needs num_particles of at least 2 for its baseline")
 
+    @cpu_by_default
     def e_step(
         self,
         source: Fit | Callable[..., Any],
@@ -117,6 +119,7 @@ class VariationalEM:
             x = program.replaced(x, program.guide.placed(draws), constrained=True)
         return self._e_step(_Half(self, program, "phi"), x, 0)
 
+    @cpu_by_default
     def fit(self, source: Fit | Callable[..., Any], args: tuple[Any, ...] | Tensor, rounds: int = 20) -> Factors:
         """E-steps and M-steps by turns, ``rounds`` of them, and an E-step at the end.
 
@@ -140,8 +143,8 @@ class VariationalEM:
         family = self.family or factors
         fitted = source if isinstance(source, Fit) else None
         model: Any = source.program.model if isinstance(source, Fit) else source
-        dtype = None if fitted is None else fitted.program.dtype
-        program = build(model, family=family, args=args, dtype=dtype, seed=self.seed)
+        dtype, device = (None, None) if fitted is None else (fitted.program.dtype, fitted.program.device)
+        program = build(model, family=family, args=args, dtype=dtype, device=device, seed=self.seed)
         x = program.initial()
         if fitted is not None:
             known = {name: value for group in fitted.params.values() for name, value in group.items()}

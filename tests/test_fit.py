@@ -515,3 +515,23 @@ def test_fits_in_several_threads_do_not_disturb_each_other(engine: str) -> None:
 def test_a_guide_and_a_family_are_one_too_many() -> None:
     with pytest.raises(ValueError, match="a guide or a family, not both"):
         bc.fit(normal_mean, lambda x: None, args=(rows(),), family=bc.MeanField())
+
+
+@pytest.mark.parametrize("engine", ["eager", "traced", "compiled"])
+def test_a_default_device_of_the_users_is_not_where_a_fit_computes(engine: str) -> None:
+    """That of torch without any numbers would take whatever is made without saying where."""
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        slopes = pyro.sample("slopes", dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(x @ slopes, 1.0), obs=y)
+
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    torch.set_default_device("meta")
+    try:
+        settings = {"max_steps": 200, "num_gradients": 8, "khat_draws": 100, "progress": False}
+        fit = bc.fit(model, args=(x, x.sum(1)), engine=engine, **settings)
+        assert fit.to_arviz(20).posterior.sizes["draw"] == 20
+    finally:
+        torch.set_default_device(None)
+    assert (fit.sample(500)["slopes"].mean(0) - 1).abs().max() < 0.2

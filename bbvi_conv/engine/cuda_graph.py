@@ -14,9 +14,12 @@ from bbvi_conv.engine.native import CannotCompile
 from bbvi_conv.engine.streams import Feed, Stream, block_of
 from bbvi_conv.program.aten_graph import first_sentence, to_graph
 from bbvi_conv.program.graphs import lift
+from bbvi_conv.program.scan import operations
 
 UNROLL = 16
 """Steps in the longer of the two captured graphs; what is left of a chunk is replayed one by one."""
+MOST_CAPTURED = 20_000
+"""Operations up to which the longer graph has that many steps; rounds of scans are operations of their own."""
 WARM_UP = 3
 """Steps run before capturing, so that libraries have made what they keep."""
 
@@ -24,6 +27,11 @@ WARM_UP = 3
 def has_quick_tensor_cores(device: torch.device) -> bool:
     """Whether float32 products of parts of bfloat16 were measured to be quicker than the library's on such a device."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def unrolled(operations: int) -> int:
+    """Steps of so many operations in the longer of the two captured graphs."""
+    return max(1, min(UNROLL, MOST_CAPTURED // operations))
 
 
 class FixedSteps:
@@ -135,7 +143,7 @@ class CudaGraphEngine:
         self.calculus, self.num_seeds, self.reason = traced.calculus, traced.num_seeds, reason
         self.name = "compiled" if fuse else "cuda-graph"
         self._traced = traced
-        self._replays: dict[int, Callable[[], None]] = {}
+        self._replays: dict[int, Callable[[], None]] = {}  # by steps, most first
         with torch.cuda.device(self.calculus.program.device), torch.no_grad(), float32_products(traced.tf32):
             self._steps = FixedSteps(traced)
             if fuse:
@@ -152,7 +160,8 @@ class CudaGraphEngine:
                 steps()
         torch.cuda.current_stream().wait_stream(side)
         pool = None
-        for count in (UNROLL, 1):
+        _, made = operations(self._traced.one.graph)
+        for count in sorted({unrolled(made), 1}, reverse=True):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 for _ in range(count):
@@ -164,9 +173,9 @@ class CudaGraphEngine:
         steps, moved, losses = self._steps, carry, []
         for feed in stream.steps(start, count):
             made = left = steps.fill(moved, feed)
-            for size in (UNROLL, 1):
+            for size, replay in self._replays.items():
                 for _ in range(left // size):
-                    self._replays[size]()
+                    replay()
                 left %= size
             losses.append(steps.losses[:made].clone())
             moved = Carry.unflatten([t.clone() for t in steps.carry])

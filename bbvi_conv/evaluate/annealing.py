@@ -20,6 +20,7 @@ from bbvi_conv.evaluate.result import LogLikelihood
 from bbvi_conv.evaluate.subject import Source, Subject, subject
 from bbvi_conv.objectives.checks import check_count
 from bbvi_conv.program.aten_graph import Untraceable, to_graph
+from bbvi_conv.program.device import cpu_by_default
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, generator
 from bbvi_conv.program.trace import TracedLogWeights, over_draws
@@ -33,6 +34,7 @@ FIRST_STEP, GAIN = 0.2, 0.15
 ValueAndGradient = Callable[..., tuple[Tensor, Tensor]]
 
 
+@cpu_by_default
 def annealed_log_likelihood(
     source: Source,
     data: Any = None,

@@ -22,6 +22,7 @@ from bbvi_conv.evaluate.result import LogLikelihood, PerDatum
 from bbvi_conv.evaluate.subject import Source, Subject, drawn, subject
 from bbvi_conv.fitting import Fit
 from bbvi_conv.objectives.checks import check_count
+from bbvi_conv.program.device import cpu_by_default
 from bbvi_conv.program.noise import generator
 from bbvi_conv.variational_em import VariationalEM
 
@@ -60,6 +61,7 @@ class Gaps:
         return self.log_p.per_datum - self.amortized
 
 
+@cpu_by_default
 def elbo(
     source: Source,
     data: Any = None,
@@ -108,6 +110,7 @@ def _draws(found: Subject, seed: int, count: int = 64) -> dict[str, Tensor]:
     return {name: torch.cat(pieces, 1) for name, pieces in parts.items()}
 
 
+@cpu_by_default
 def inference_gaps(
     fit: Fit,
     data: Any,

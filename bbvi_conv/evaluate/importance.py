@@ -14,6 +14,7 @@ from bbvi_conv.objectives.checks import check_count
 from bbvi_conv.posterior.draws import Mapped
 from bbvi_conv.program.aten_graph import Untraceable
 from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.device import cpu_by_default
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, generator
 from bbvi_conv.program.trace import TracedLogWeights
@@ -23,6 +24,7 @@ PIECE = 250
 """Draws whose noise is held at once; how many run at once is a matter of the memory they take."""
 
 
+@cpu_by_default
 def log_likelihood(
     source: Source,
     data: Any = None,

@@ -14,6 +14,7 @@ from bbvi_conv.evaluate.subject import Source, Subject, subject
 from bbvi_conv.objectives.checks import check_count
 from bbvi_conv.posterior.sites import replay
 from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.device import cpu_by_default
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, generator
 
@@ -45,6 +46,7 @@ class Latents:
         return {name: int((value > self.threshold).sum()) for name, value in self.activity.items()}
 
 
+@cpu_by_default
 def latents(
     source: Source,
     data: Any = None,

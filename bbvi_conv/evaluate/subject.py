@@ -72,16 +72,17 @@ def subject(
         ValueError: no data, or units that are not the rows of one plate.
     """
     kwargs: dict[str, Any] = {}
+    device: torch.device | None
     if isinstance(source, Fit):
         own = source.program
         model, guide, args, kwargs = own.model, own.guide, own.args, own.kwargs
-        unit, dtype = own.structure.unit, dtype or own.dtype
+        unit, dtype, device = own.structure.unit, dtype or own.dtype, own.device
         _check_units(own)
     elif isinstance(source, tuple) and len(source) == 2 and all(callable(part) for part in source):
         model, guide = source
         if data is None:
             raise ValueError("data are needed to evaluate a model and a guide: give the model's positional arguments")
-        args, unit, dtype = (), None, dtype or torch.float32
+        args, unit, dtype, device = (), None, dtype or torch.float32, None
     else:
         raise TypeError(f"evaluate a fit or a pair (model, guide), got {type(source).__name__}")
     if data is not None:
@@ -89,13 +90,14 @@ def subject(
     loop = not isinstance(source, Fit)
     if unit is None:
         few = _first_rows(args, 2)
-        found = build(model, guide, few, kwargs, dtype=dtype, loop=loop)
+        found = build(model, guide, few, kwargs, dtype=dtype, device=device, loop=loop)
         _check_units(found)
         unit = found.structure.unit
     if from_prior:
-        guide = _prior(model, guide, _first_rows(args, 2), kwargs, dtype, loop)
+        guide = _prior(model, guide, _first_rows(args, 2), kwargs, dtype, device, loop)
     minibatch = Minibatch(min(batch, _rows(args)), plate=unit[0]) if unit else None
-    program = build(model, guide, args, kwargs, minibatch=minibatch, dtype=dtype, loop=loop and minibatch is not None)
+    loop = loop and minibatch is not None
+    program = build(model, guide, args, kwargs, minibatch=minibatch, dtype=dtype, device=device, loop=loop)
     return Subject(program, _parameters(program, source))
 
 
@@ -146,9 +148,10 @@ def _prior(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dtype: torch.dtype | None,
+    device: torch.device | None,
     loop: bool,
 ) -> Callable[..., Any]:
     """The model without its observed sites, as a guide."""
-    structure = build(model, guide, args, kwargs, dtype=dtype, loop=loop).structure
+    structure = build(model, guide, args, kwargs, dtype=dtype, device=device, loop=loop).structure
     observed = [site.name for site in structure.observed]
     return poutine.block(model, hide=observed)  # type: ignore[no-any-return]

@@ -24,6 +24,7 @@ from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
 from bbvi_conv.objectives.objective import checked_objective
 from bbvi_conv.program.build import build, positional
 from bbvi_conv.program.closed_form import closed_form_sites
+from bbvi_conv.program.device import cpu_by_default
 from bbvi_conv.program.minibatch import Minibatch
 from bbvi_conv.program.program import Program
 
@@ -110,6 +111,7 @@ class SignalToNoise(NamedTuple):
     objective: Objective
 
 
+@cpu_by_default
 def signal_to_noise(
     model: Callable[..., Any],
     guide: Callable[..., Any] | None = None,

@@ -18,6 +18,7 @@ from bbvi_conv.objectives import ELBO, Objective
 from bbvi_conv.objectives.objective import checked_objective
 from bbvi_conv.program.build import build
 from bbvi_conv.program.closed_form import closed_form_sites
+from bbvi_conv.program.device import cpu_by_default
 from bbvi_conv.program.noise import generator, random_state
 
 
@@ -92,6 +93,10 @@ class GradientMonitor:
             else:
                 batches = [_as_tuple(self.draw_batch()) for _ in range(self.num_gradients)]
         _check_alike(batches)
+        self._measure(index, batches, kwargs)
+
+    @cpu_by_default
+    def _measure(self, index: int, batches: list[tuple[Any, ...]], kwargs: dict[str, Any]) -> None:
         calculus = self._prepare(batches[0], kwargs)
         program = calculus.program
         stacked = [_stack([b[i] for b in batches], i) for i in program.batched]

@@ -20,7 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from bbvi_conv.program.buffers import CalledModule, called_modules, changed_buffers, restore_buffers
-from bbvi_conv.program.device import OnDevice, with_index
+from bbvi_conv.program.device import OnDevice, home, with_index
 from bbvi_conv.program.enumeration import (
     Enumerated,
     check_enumerated,
@@ -85,7 +85,7 @@ def build(
     family: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
     minibatch: Minibatch | None = None,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     seed: int = 0,
     loop: bool = False,
 ) -> Program:
@@ -98,8 +98,10 @@ def build(
         kwargs: keyword arguments, never gathered.
         family: makes a guide from the model.
         minibatch: which rows a step sees.
-        dtype: float type; None: float64 for global latents under 1,000 dimensions on the CPU, else float32.
-        device: where parameters, noise and data live; modules that are called are moved there.
+        dtype: float type; None: float64 for global latents under 1,000 dimensions on the CPU, else float32, and the
+            other one where the model's own tensors and networks are of it.
+        device: where parameters, noise and data live; modules that are called are moved there. None: where the first
+            tensor of ``args`` and ``kwargs`` that is not on the CPU lies, or else torch's default device.
         seed: for the random start of lazy parameters; torch's own generator is left as found.
         loop: for a training loop of the user's own: parameters are those in Pyro's store as it stands, every tensor
             argument may change from run to run, and the model may subsample by itself.
@@ -118,28 +120,30 @@ def build(
     _check_call("model", model, args, kwargs)
     if guide is not None:
         _check_call("guide", guide, args, kwargs)
-    device = with_index(device)
+    device = with_index(home(args, kwargs) if device is None else device)
     small = device.type == "cpu" and minibatch is None
-    attempts = [dtype] if dtype is not None else [torch.float64, torch.float32] if small else [torch.float32]
+    attempts = [dtype] if dtype is not None else [torch.float64, torch.float32][:: 1 if small else -1]
+    failed: list[ValueError | RuntimeError] = []
     for attempt in attempts:
         try:
             program = _build(model, guide, args, kwargs, family, minibatch, attempt, device, seed, loop)
         except (ValueError, RuntimeError) as error:
-            if attempt is not attempts[-1] and _is_about_types(error):
+            failed.append(error)
+            if _is_about_types(error):
                 continue
-            if isinstance(error, RuntimeError):
-                explained = _explained(error, attempt)
-                if explained is error:
+            break
+        if dtype is None and small and attempt is torch.float64 and not _is_small(program):
+            try:
+                return _build(model, guide, args, kwargs, family, minibatch, torch.float32, device, seed, loop)
+            except (ValueError, RuntimeError) as error:
+                if not _is_about_types(error):
                     raise
-                raise explained from error
-            if site := re.search(r"discrete sample site '([^']*)'", str(error)):  # said by an AutoGuide
-                raise ValueError(discrete_latent(site.group(1), made=guide is not None)) from error
-            error.args = (re.split(r"\n *Trace Shapes:", str(error))[0],)  # which Pyro adds to what a model raises
-            raise
-        if dtype is None and attempt is torch.float64 and not _is_small(program):
-            program = _build(model, guide, args, kwargs, family, minibatch, torch.float32, device, seed, loop)
         return program
-    raise AssertionError("unreachable")
+    own = failed[-1 if small else 0]  # of float32 where both were tried: tensors are of it where nothing else is said
+    explained = _explained(own, attempts[failed.index(own)], made=guide is not None)
+    if explained is own:
+        raise own
+    raise explained from own
 
 
 def _is_about_types(error: Exception) -> bool:
@@ -147,17 +151,22 @@ def _is_about_types(error: Exception) -> bool:
     return bool(re.search(r"dtype|\b(float|double)\b|expected scalar type", str(error), re.IGNORECASE))
 
 
-def _explained(error: RuntimeError, dtype: torch.dtype) -> Exception:
-    """What to raise for an error of torch's in the model or guide."""
+def _explained(error: ValueError | RuntimeError, dtype: torch.dtype, *, made: bool) -> Exception:
+    """What to raise for an error in the model or guide, which a user may have ``made``."""
     if isinstance(error, TapeEnds):
         return ValueError(str(error))
-    if not _is_about_types(error):
+    if isinstance(error, RuntimeError) and _is_about_types(error):
+        name = str(dtype).removeprefix("torch.")
+        return ValueError(
+            f"the model does not run in {name} ({str(error).splitlines()[0]}): tensors and networks made outside of it "
+            "keep their own dtype; cast them, make them inside the model, or choose another dtype"
+        )
+    if isinstance(error, RuntimeError):
         return error
-    name = str(dtype).removeprefix("torch.")
-    return ValueError(
-        f"the model does not run in {name} ({str(error).splitlines()[0]}): tensors and networks made outside of it "
-        "keep their own dtype; cast them, make them inside the model, or choose another dtype"
-    )
+    if site := re.search(r"discrete sample site '([^']*)'", str(error)):  # said by an AutoGuide
+        return ValueError(discrete_latent(site.group(1), made=made))
+    error.args = (re.split(r"\n *Trace Shapes:", str(error))[0],)  # which Pyro adds to what a model raises
+    return error
 
 
 def _check_call(what: str, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Distribution, transform_to
 
+from bbvi_conv.program.device import by_default
 from bbvi_conv.program.enumeration import Enumerated, Sum, apart, sums
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import ALONE, Noise, NoiseLayout, random_state
@@ -119,8 +120,7 @@ def quiet_pyro(
             stack.enter_context(mock.patch.object(Distribution, "_validate_sample", _unchecked))
         stack.callback(torch.set_default_dtype, before)
         torch.set_default_dtype(dtype)
-        if device.type != "cpu":
-            stack.enter_context(device)
+        stack.enter_context(by_default(device))
         yield
 
 

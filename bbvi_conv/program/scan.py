@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from bbvi_conv.program.aten_graph import to_graph
+from bbvi_conv.program.device import by_default
 from bbvi_conv.program.graph_module import Kind, WrittenLate
 from bbvi_conv.program.graphs import lift, simplify
 from bbvi_conv.program.tracer import tracing
@@ -202,13 +203,19 @@ def _free(step: Callable[..., Any]) -> tuple[list[Tensor], Callable[..., Any]]:
 
 
 def _apart(function: Callable[[], Any]) -> Any:
-    """Run in a thread of its own, which sees nothing of the tracing, mapping and handling around it."""
+    """Run in a thread of its own, which sees nothing of the tracing, mapping and handling around it.
+
+    Derivatives are computed in that thread as well: on a CUDA device torch has one thread for all, and where a scan is
+    differentiated that is the one that waits here.
+    """
     done: list[Any] = []
     failed: list[BaseException] = []
+    device = torch.get_default_device()
 
     def run() -> None:
         try:
-            done.append(function())
+            with torch.autograd.set_multithreading_enabled(False), by_default(device):
+                done.append(function())
         except BaseException as error:
             failed.append(error)
 

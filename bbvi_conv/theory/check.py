@@ -15,6 +15,7 @@ from bbvi_conv.families import FullRank, Linear, MeanField
 from bbvi_conv.objectives import ELBO, Objective
 from bbvi_conv.optim import Adam, Constant, Optimiser
 from bbvi_conv.program.build import build, positional
+from bbvi_conv.program.device import cpu_by_default
 from bbvi_conv.program.minibatch import Minibatch
 from bbvi_conv.program.noise import generator
 from bbvi_conv.program.program import Program
@@ -44,6 +45,7 @@ class Subject(NamedTuple):
     initial_gap: float | None = None
 
 
+@cpu_by_default
 def assumptions(
     model: Callable[..., Any],
     guide: Callable[..., Any],

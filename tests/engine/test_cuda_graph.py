@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import bbvi_conv as bc
 from bbvi_conv.engine import Carry, Stream, TracedEngine, make_engine, start_carry
-from bbvi_conv.engine.cuda_graph import UNROLL, FixedSteps
+from bbvi_conv.engine.cuda_graph import UNROLL, FixedSteps, unrolled
 from bbvi_conv.families import MeanField
 from bbvi_conv.objectives import ELBO
 from bbvi_conv.optim import Adam, InverseSqrt
@@ -34,6 +35,19 @@ def by_index(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(slope * x[rows], 0.5), obs=y[rows])
 
 
+def recursion(x: Tensor, y: Tensor) -> None:
+    """A scan within a scan, both with matrices."""
+    weights = pyro.sample("weights", dist.Normal(x.new_zeros(2, 2), 0.5).to_event(2))
+
+    def step(state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        state, _ = bc.scan(lambda s, w: (torch.tanh(w @ s) + x, s), state, torch.stack([weights, weights.t()]))
+        return state, state.sum()
+
+    _, means = bc.scan(step, x[:2], x)
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(means, 0.5), obs=y)
+
+
 def program(model: Any, rows: bool, device: str = "cpu") -> Program:
     batch = Minibatch(4, plate="data") if rows else None
     return build(
@@ -41,7 +55,13 @@ def program(model: Any, rows: bool, device: str = "cpu") -> Program:
     )
 
 
-CASES = [(gathered, False, 1), (gathered, True, 1), (by_index, True, 1), (gathered, True, 3)]
+CASES = [
+    (gathered, False, 1),
+    (gathered, True, 1),
+    (by_index, True, 1),
+    (gathered, True, 3),
+    (recursion, False, 1),
+]
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -63,6 +83,10 @@ def test_fixed_steps_are_traced_steps(model: Any, rows: bool, seeds: int, fuse: 
     near = {"rtol": 1e-12, "atol": 1e-12} if fuse else {"rtol": 0.0, "atol": 0.0}
     for one, other in zip([*steps.carry, steps.losses[:40]], [*expected.flat(), losses], strict=True):
         torch.testing.assert_close(one, other, **near)
+
+
+def test_long_steps_are_captured_one_by_one() -> None:
+    assert [unrolled(n) for n in (100, 1_250, 5_000, 20_001, 10**6)] == [16, 16, 4, 1, 1]
 
 
 def test_an_engine_of_another_device_is_refused() -> None:

@@ -22,6 +22,7 @@ from bbvi_conv.families.scale_maps import Linear
 from bbvi_conv.objectives import ELBO
 from bbvi_conv.program import Program
 from bbvi_conv.program.build import build
+from bbvi_conv.program.device import moved
 from bbvi_conv.program.minibatch import Minibatch
 from bbvi_conv.program.trace import TracedLogWeights
 
@@ -294,3 +295,65 @@ def test_what_pyro_adds_to_errors_is_left_out() -> None:
     with pytest.raises(ValueError, match="Expected parameter loc") as caught:
         build(model, None, (Y,), family=MeanField())
     assert "Trace Shapes" not in str(caught.value)
+
+
+PRIORS = {
+    "normal": lambda: dist.Normal(0.0, 1.0).expand([2]).to_event(1),
+    "log-normal": lambda: dist.LogNormal(torch.zeros(2), 1.0).to_event(1),
+    "gumbel": lambda: dist.Gumbel(torch.zeros(2), 1.0).to_event(1),
+    "moved": lambda: dist.TransformedDistribution(
+        dist.Normal(torch.zeros(2), 1.0), [dist.transforms.AffineTransform(torch.ones(2), 2.0)]
+    ).to_event(1),
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_priors_of_a_module_go_with_it(name: str) -> None:
+    """Where nothing lies elsewhere they are left alone; on a device without numbers they can be told to be there."""
+
+    class Net(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = PyroSample(PRIORS[name]())
+
+        def forward(self, y: Tensor) -> None:
+            pyro.sample("y", dist.Normal(self.weight.sum(), 1.0), obs=y)
+
+    net = Net()
+    prior = net._pyro_samples["weight"]
+    for _ in range(2):  # what a transform remembers of the first time
+        build(net, None, (torch.tensor(1.0),), family=MeanField())
+        prior.log_prob(prior.sample())
+        assert net._pyro_samples["weight"] is prior
+    away = moved(prior, torch.device("meta"))
+    assert away.sample().device.type == "meta"
+    assert prior.sample().device.type == "cpu"
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_networks_of_double_precision_are_taken_as_they_are(rows: bool) -> None:
+    network = nn.Linear(2, 1).double()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        pyro.module("network", network)
+        scale = pyro.sample("scale", dist.Gamma(2.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(network(x).squeeze(-1), scale), obs=y)
+
+    batch = Minibatch(3, plate="data") if rows else None
+    made = build(model, None, (torch.ones(9, 2), torch.ones(9)), family=MeanField(), minibatch=batch)
+    assert made.dtype is torch.float64
+
+
+def test_what_is_said_is_of_single_precision_where_neither_runs() -> None:
+    """A network of it, and places that are no whole numbers: the other type is tried, and fails for another reason."""
+    network = nn.Linear(2, 3)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        pyro.module("network", network)
+        scale = pyro.sample("scale", dist.Gamma(2.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(network(x).gather(1, y.unsqueeze(1)).squeeze(1), scale), obs=y)
+
+    with pytest.raises(ValueError, match=r"does not run in float32 \(gather\(\)"):
+        build(model, None, (torch.ones(9, 2), torch.ones(9)), family=MeanField(), minibatch=Minibatch(3, plate="data"))

@@ -1,0 +1,34 @@
+"""The tests of a device, on one that is made of this machine's processor: without a GPU nearly all can be tested."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from second_device import FOLDER, NAME, compiled
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_fits_on_a_second_device(tmp_path: Path) -> None:
+    """In a process of its own: a device cannot be taken away again."""
+    assert COMPILER is not None
+    compiled(tmp_path, COMPILER)
+    paths = [str(HERE / "second_device"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},
+        **{"PYTHONPATH": os.pathsep.join(filter(None, paths)), FOLDER: str(tmp_path), "BBVI_CONV_TEST_DEVICE": NAME},
+    }
+    done = subprocess.run(
+        [*(sys.executable, "-m", "pytest", "-q", "-p", "second_device", "-p", "no:cacheprovider"), "test_device.py"],
+        **{"cwd": HERE, "env": environment, "capture_output": True, "text": True},
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+    assert " passed" in done.stdout
