@@ -105,7 +105,7 @@ def _moved(value: Any, device: torch.device, known: dict[int, Any]) -> Any:
         value.data = value.data.to(device)
     elif isinstance(value, Tensor):
         if value.device != device:
-            value = known[id(value)] = value.to(device)
+            return known.setdefault(id(value), value.to(device))
     elif isinstance(value, Distribution | Transform):
         made = known[id(value)] = copy.copy(value)
         made.__dict__.update({name: _moved(part, device, known) for name, part in vars(value).items()})
