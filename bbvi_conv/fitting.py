@@ -87,14 +87,8 @@ def fit(
         ValueError: bad input, in one sentence that names the site, argument or option and the way out.
         TypeError: an unknown setting.
     """
-    unknown = sorted(set(settings) - set(_SETTINGS))
-    if unknown:
-        raise TypeError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(_SETTINGS)}")
-    if guide is not None and settings.get("family") is not None:
-        raise ValueError("give a guide or a family, not both: the family would make another guide")
     recipe = Recipe.of(model, guide, args, kwargs, source, held_out)
-    settings = {name: value for name, value in settings.items() if value is not None or name not in _LEFT_OPEN}
-    chosen = Settings(**{"device": home(recipe.args, recipe.kwargs), **settings})
+    chosen = _chosen(recipe, settings)
     program = recipe.program(chosen)
     unseen = recipe.unseen(program)
     archive = None
@@ -115,7 +109,22 @@ def fit(
 
 
 _SETTINGS = [f.name for f in dataclasses.fields(Settings)]
-_LEFT_OPEN = ("family", "device")
+
+
+def _chosen(recipe: Recipe, settings: dict[str, Any]) -> Settings:
+    """The settings that are given, and what follows from model and data where they are not."""
+    unknown = sorted(set(settings) - set(_SETTINGS))
+    if unknown:
+        raise TypeError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(_SETTINGS)}")
+    given = _given(settings)
+    if recipe.guide is not None and "family" in given:
+        raise ValueError("give a guide or a family, not both: the family would make another guide")
+    return Settings(**{"device": home(recipe.args, recipe.kwargs), **given})
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without those for which None says that they are not."""
+    return {name: value for name, value in settings.items() if value is not None or name not in ("family", "device")}
 
 
 def _drive(
@@ -496,8 +505,7 @@ def load(
 
     archive = Archive.open(directory)
     own = None if model is None else Recipe.of(model, guide, () if args is None else args, kwargs)
-    given = {name: value for name, value in settings.items() if value is not None or name != "device"}
-    plan = archive.plan(own, None if held_out is None else positional(held_out), given)
+    plan = archive.plan(own, None if held_out is None else positional(held_out), _given(settings))
     program = plan.recipe.program(plan.settings)
     archive.check_model(program)
     run = Run(program, plan.settings, plan.recipe.unseen(program), engine_reason=plan.engine_reason)

@@ -145,7 +145,9 @@ def test_recursions_and_loops(model: Callable[..., None]) -> None:
         found[name] = made.advance(start, Stream(program, 0, "optimise", 2), 0, 5 if name == "eager" else 35)[1]
     expected = found.pop("traced")
     for name, losses in found.items():
-        torch.testing.assert_close(losses, expected[: len(losses)], rtol=1e-9, atol=1e-9, msg=name)
+        torch.testing.assert_close(
+            losses, expected[: len(losses)], rtol=1e-9, atol=1e-9, msg=f"{name}: {losses - expected[: len(losses)]}"
+        )
     if DEVICE == "cuda" or model is recursion:
         fit = bc.fit(model, args=(y,), device=DEVICE, **SMALL)
         assert fit.verdict.numbers["remaining_gap_nats"]["value"] is not None

@@ -1,25 +1,22 @@
-"""The tests of a device, on one that is made of this machine's processor: without a GPU nearly all can be tested."""
+"""The tests of a device, on one that is made of this machine's processor: most of them need no GPU."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from second_device import FOLDER, NAME, compiled
 
+from bbvi_conv.engine.native.library import compiler
+
 HERE = Path(__file__).parent
-COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
-@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_fits_on_a_second_device(tmp_path: Path) -> None:
     """In a process of its own: a device cannot be taken away again."""
-    assert COMPILER is not None
-    compiled(tmp_path, COMPILER)
+    compiled(tmp_path, compiler())
     paths = [str(HERE / "second_device"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST")},

@@ -19,7 +19,7 @@ from bbvi_conv.program.scan import operations
 UNROLL = 16
 """Steps in the longer of the two captured graphs; what is left of a chunk is replayed one by one."""
 MOST_CAPTURED = 20_000
-"""Operations up to which the longer graph has that many steps; rounds of scans are operations of their own."""
+"""Operations of the longer graph at most, but for those of a single step; rounds of scans have operations each."""
 WARM_UP = 3
 """Steps run before capturing, so that libraries have made what they keep."""
 
@@ -29,9 +29,9 @@ def has_quick_tensor_cores(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def unrolled(operations: int) -> int:
-    """Steps of so many operations in the longer of the two captured graphs."""
-    return max(1, min(UNROLL, MOST_CAPTURED // operations))
+def unrolled(made: int) -> int:
+    """Steps in the longer of the two captured graphs, where one has so many operations."""
+    return max(1, min(UNROLL, MOST_CAPTURED // made))
 
 
 class FixedSteps:

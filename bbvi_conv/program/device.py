@@ -42,7 +42,7 @@ def cpu_by_default(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         token = _users.set(outside)
         try:
-            with by_default(torch.device("cpu")):
+            with torch.device("cpu"):
                 return function(*args, **kwargs)
         finally:
             _users.reset(token)

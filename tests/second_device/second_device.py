@@ -24,7 +24,7 @@ FOLDER = "BBVI_CONV_SECOND_DEVICE"
 
 
 def compiled(folder: Path, compiler: str) -> None:
-    """Compile the device into a folder."""
+    """Compile the device into a folder, with that compiler."""
     from torch.utils.cpp_extension import include_paths
 
     headers = [*include_paths(), sysconfig.get_paths()["include"]]
