@@ -1,11 +1,12 @@
-"""The VAE's step on a GPU beside NumPyro's on the same GPU, and beside the time that the chip itself would need."""
+"""Steps on a GPU beside NumPyro's on the same GPU, and beside the time that the chip itself would need."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -19,6 +20,7 @@ from bbvi_conv.engine.engine import TracedEngine, float32_products
 from benchmarks import peers
 from benchmarks.agree import check
 from benchmarks.case import Case
+from benchmarks.cases.garch import garch
 from benchmarks.cases.vae import vae
 from benchmarks.machine import machine
 from benchmarks.measure import PAIR
@@ -123,31 +125,43 @@ def main(
     batches: Annotated[str, typer.Option(help="comma-separated rows of a step")] = "128,1024",
     particles: Annotated[str, typer.Option(help="comma-separated K; 1 is the ELBO")] = "1,50",
     precisions: Annotated[str, typer.Option(help="comma-separated")] = ",".join(PRECISIONS),
+    recursions: Annotated[str, typer.Option(help="comma-separated lengths of GARCH series; none without")] = "",
     rounds: Annotated[int, typer.Option(help="turns of either side")] = 5,
     seconds: Annotated[float, typer.Option(help="that a turn takes, about")] = 0.1,
     out: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
 ) -> None:
-    """The MLP VAE on a GPU beside NumPyro there and beside the floor of arithmetic and bandwidth."""
+    """The MLP VAE and recursions on a GPU beside NumPyro there, and beside the floor of arithmetic and bandwidth."""
     os.environ["JAX_PLATFORMS"] = "cuda"
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA device here: run this on a machine that has one")
-    import jax
-
     limits = ceilings()
     rows: list[dict[str, Any]] = []
     result = {**machine(), "gpu": torch.cuda.get_device_name(), "ceilings": limits._asdict(), "rows": rows}
-    for count in map(int, particles.split(",")):
-        for batch in map(int, batches.split(",")):
-            case = vae(bc.ELBO(1) if count == 1 else bc.IWAE(count), batch=batch, device="cuda")
-            with jax.default_matmul_precision("highest"):
-                check(f"batch {batch}, K {count}", case)
-            for precision in precisions.split(","):
-                guess = peers.ours(case, "compiled", amp=PRECISIONS[precision][0])(256)
-                steps = max(64, 64 * round(seconds / guess / 64))
-                made = row(case, precision, limits, steps=steps, rounds=rounds)
-                rows.append({"batch": batch, "particles": count, "steps": steps, **made})
-                typer.echo(json.dumps(rows[-1]))
-                if out is not None:
-                    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for labels, case in _cases(_numbers(particles), _numbers(batches), _numbers(recursions)):
+        for precision in precisions.split(","):
+            guess = peers.ours(case, "compiled", amp=PRECISIONS[precision][0])(256)
+            steps = max(64, 64 * round(seconds / guess / 64))
+            rows.append({**labels, "steps": steps, **row(case, precision, limits, steps=steps, rounds=rounds)})
+            typer.echo(json.dumps(rows[-1]))
+            if out is not None:
+                out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     typer.echo(json.dumps(result["ceilings"]))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def _cases(particles: list[int], batches: list[int], recursions: list[int]) -> Iterator[tuple[dict[str, Any], Case]]:
+    """What a row says of its case, and the case, whose sides agree."""
+    import jax
+
+    for count, batch in itertools.product(particles, batches):
+        case = vae(bc.ELBO(1) if count == 1 else bc.IWAE(count), batch=batch, device="cuda")
+        with jax.default_matmul_precision("highest"):
+            check(f"batch {batch}, K {count}", case)
+        yield {"case": "vae", "batch": batch, "particles": count}, case
+    for length in recursions:
+        check(f"garch {length}", garch(length))  # Pyro's own guide does not run on the device
+        yield {"case": "garch", "rounds": length}, garch(length, device="cuda")

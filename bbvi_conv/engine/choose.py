@@ -15,7 +15,7 @@ from bbvi_conv.optim import Optimiser
 from bbvi_conv.program.aten_graph import Untraceable, first_sentence
 from bbvi_conv.program.graphs import widths
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.scan import operations
+from bbvi_conv.program.scan import operations, scans
 from bbvi_conv.program.trace import TracedLogWeights
 
 ENGINES = ("auto", "eager", "traced", "compiled", "cuda-graph")
@@ -28,7 +28,7 @@ STEP_SECONDS_PER_NUMBER = 0.3e-9
 
 KERNEL_SECONDS = 1.5e-6
 FUSE_SECONDS = 10.0
-"""What an operation of its own costs in a captured step, and what fusing a step takes (an H200: 4 to 20 s)."""
+"""What an operation of its own costs in a captured step, and what fusing it, or rounds of a scan, takes (4 to 20 s)."""
 
 MOST_NODES = 6_000
 """Operations of a step up to which ``"auto"`` compiles: a loop in a model that is traced round by round has more."""
@@ -82,7 +82,7 @@ def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
     nodes, made = operations(traced.one.graph)
     device = traced.calculus.program.device
     if device.type == "cuda":
-        return _captured(name, traced, steps * nodes * KERNEL_SECONDS)
+        return _captured(name, traced, steps * made * KERNEL_SECONDS)
     if name == "cuda-graph" or (name == "compiled" and device.type != "cpu"):
         raise ValueError(f'engine="{name}" does not run on {device}; use engine="auto"')
     if device.type != "cpu":
@@ -114,7 +114,8 @@ def _compiled(name: str, traced: TracedEngine, steps: float) -> Engine:
 
 def _captured(name: str, traced: TracedEngine, saved: float) -> Engine:
     """Replayed steps on a CUDA device: for ``"auto"`` fused where the seconds saved repay it."""
-    if name == "compiled" or (name == "auto" and saved > FUSE_SECONDS):
+    cost = FUSE_SECONDS * (1 + len(scans(traced.one.graph)))
+    if name == "compiled" or (name == "auto" and saved > cost):
         try:
             return CudaGraphEngine(traced, "compiled for this run" if name == "auto" else traced.reason, fuse=True)
         except RuntimeError as error:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from bbvi_conv.engine.engine import Carry, TracedEngine, float32_products
-from bbvi_conv.engine.fused import fused
+from bbvi_conv.engine.fused import fused, with_fused_rounds
 from bbvi_conv.engine.native import CannotCompile
 from bbvi_conv.engine.streams import Feed, Stream, block_of
 from bbvi_conv.program.aten_graph import first_sentence, to_graph
@@ -19,7 +21,7 @@ from bbvi_conv.program.scan import operations
 UNROLL = 16
 """Steps in the longer of the two captured graphs; what is left of a chunk is replayed one by one."""
 MOST_CAPTURED = 20_000
-"""Operations of the longer graph at most, but for those of a single step; rounds of scans have operations each."""
+"""Operations of the longer graph at most, but for those of a single step."""
 WARM_UP = 3
 """Steps run before capturing, so that libraries have made what they keep."""
 
@@ -44,6 +46,7 @@ class FixedSteps:
         counter: the step within the block, ``(1,)``, on the device.
         graph: the step, of plain operations; changes its inputs.
         run: what runs it; :attr:`graph`, until something faster takes its place.
+        operations: how many of them a run makes.
     """
 
     def __init__(self, traced: TracedEngine) -> None:
@@ -82,6 +85,7 @@ class FixedSteps:
 
         self.graph: GraphModule = to_graph(one, *self._copies(), functional=False)
         self.run: Callable[..., object] = self.graph
+        _, self.operations = operations(self.graph)
 
     def fill(self, carry: Carry, feed: Feed) -> int:
         """Take the carry and a block's noise and rows; the number of steps in it."""
@@ -117,7 +121,8 @@ class FixedSteps:
                 from bbvi_conv.engine.tensor_cores import on_tensor_cores  # imports torch's compiler
 
                 graph = on_tensor_cores(graph, self._copies(), tf32=tf32)
-            self.run = fused(graph)
+            graph = with_fused_rounds(graph)
+            (_, self.operations), self.run = operations(graph), fused(graph)
             self()  # compiles
         except Exception as error:  # whatever torch's compiler and what it calls may raise
             raise CannotCompile(first_sentence(error)) from error
@@ -160,10 +165,9 @@ class CudaGraphEngine:
                 steps()
         torch.cuda.current_stream().wait_stream(side)
         pool = None
-        _, made = operations(self._traced.one.graph)
-        for count in sorted({unrolled(made), 1}, reverse=True):
+        for count in sorted({unrolled(steps.operations), 1}, reverse=True):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with _undisturbed(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 for _ in range(count):
                     steps()
             self._replays[count], pool = graph.replay, graph.pool()
@@ -181,3 +185,16 @@ class CudaGraphEngine:
             moved = Carry.unflatten([t.clone() for t in steps.carry])
         end = moved, torch.cat(losses) if losses else carry.x.new_zeros(0, *carry.step.shape)
         return self._traced.finite_or_again(end, carry, stream, start, count)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Collect garbage before, not while a graph is captured: what releases memory of the device ends the capture."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

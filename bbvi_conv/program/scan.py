@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._library.custom_ops import CustomOpDef
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from bbvi_conv.program.aten_graph import to_graph
@@ -32,7 +32,8 @@ from bbvi_conv.program.tracer import tracing
 class Body(NamedTuple):
     """One round as a graph ``(carry..., x..., fixed...) -> (carry..., y...)`` of flat tensors.
 
-    ``plain`` is a simpler one, without derivatives.
+    ``plain`` is a simpler one, without derivatives. ``blocks``, where there are any, run several rounds at once, by how
+    many, most first; each takes rows of the xs and gives what the operation does.
     """
 
     graph: GraphModule
@@ -40,6 +41,14 @@ class Body(NamedTuple):
     carry: int
     moving: int
     results: tuple[tuple[torch.Size, torch.dtype], ...]
+    blocks: tuple[tuple[int, Callable[..., Sequence[Tensor]]], ...] = ()
+
+    def pieces(self, length: int) -> Iterator[tuple[int, Callable[..., Sequence[Tensor]] | None]]:
+        """Of so many rounds those that run at once, by how many, and what runs them; nothing for a single round."""
+        for size, run in self.blocks or ((1, None),):
+            for _ in range(length // size):
+                yield size, run
+            length %= size
 
 
 BODIES: dict[str, Body] = {}
@@ -96,13 +105,21 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, re
 
 
 def operations(graph: GraphModule) -> tuple[int, int]:
-    """Operations that are written down in a graph and in the rounds of its scans; and those that a run of it makes."""
+    """Operations that are written down in a graph and in the rounds of its scans; and those that a run of it makes.
+
+    Rounds that are fused make those of one.
+    """
     written = made = len(graph.graph.nodes)
-    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.bbvi_conv.scan.default):
-        name, _, (x, *_), *_ = node.args
-        more, run = operations(BODIES[name].plain)
-        written, made = written + more, made + x.meta["tensor_meta"].shape[0] * run
+    for _, body, length in scans(graph):
+        more, run = operations(body.plain)
+        written, made = written + more, made + sum(1 for _ in body.pieces(length)) * run
     return written, made
+
+
+def scans(graph: GraphModule) -> list[tuple[Node, Body, int]]:
+    """The scans of a graph, not those within their rounds: the body of each, and how many rounds there are."""
+    nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.bbvi_conv.scan.default)
+    return [(node, BODIES[node.args[0]], node.args[2][0].meta["tensor_meta"].shape[0]) for node in nodes]
 
 
 def repeated(
@@ -330,17 +347,21 @@ _stop.register_vmap(lambda info, in_dims, x: (torch.ops.bbvi_conv.stop(x), in_di
 def _scan(name: str, carry: list[Tensor], xs: list[Tensor], fixed: list[Tensor], reverse: bool) -> list[Tensor]:
     """Last carry, the carry before each round, and what each round gives."""
     body = BODIES[name]
-    length = len(xs[0])
-    before: list[Any] = [None] * length
-    given: list[Any] = [None] * length
-    now, rows = list(carry), [x.unbind() for x in xs]
-    for t in reversed(range(length)) if reverse else range(length):
-        before[t] = now
-        made = body.plain(*now, *(row[t] for row in rows), *fixed)
-        now, given[t] = list(made[: body.carry]), made[body.carry :]
-    kept = [torch.stack(column) for column in zip(*before, strict=True)]
-    ys = [torch.stack(column) for column in zip(*given, strict=True)]
-    return [*(c.clone() for c in now), *kept, *ys]
+    left, now = len(xs[0]), carry
+    parts: list[tuple[Tensor, ...]] = []
+    rows = [] if body.blocks else [x.unbind() for x in xs]
+    for size, run in body.pieces(left):
+        start = left - size if reverse else len(xs[0]) - left
+        if run is None:
+            made = body.plain(*now, *(row[start] for row in rows), *fixed)
+            parts.append((*now, *made[body.carry :]))
+        else:
+            made = run(*now, *(x[start : start + size] for x in xs), *fixed)
+            parts.append(tuple(made[body.carry :]))
+        now, left = list(made[: body.carry]), left - size
+    join = torch.cat if body.blocks else torch.stack
+    columns = zip(*(reversed(parts) if reverse else parts), strict=True)
+    return [*(c.clone() for c in now), *(join(column) for column in columns)]
 
 
 @_scan.register_fake
@@ -474,4 +495,4 @@ def _(
     return made, [*[0] * len(carry), *[1] * (len(made) - len(carry))]
 
 
-__all__ = ["BODIES", "Body", "operations", "repeated", "scan"]
+__all__ = ["BODIES", "Body", "operations", "repeated", "scan", "scans"]

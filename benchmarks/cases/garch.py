@@ -1,4 +1,4 @@
-"""GARCH(1, 1) over 200 steps: a recursion in the model."""
+"""GARCH(1, 1): a recursion in the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _series(steps: int) -> Tensor:
     return torch.tensor(y, dtype=torch.float32)
 
 
-def garch(steps: int = 200) -> Case:
+def garch(steps: int = 200, *, device: str = "cpu") -> Case:
     """y_t ~ N(mu, s_t), s_t^2 = a0 + a1 (y_{t-1} - mu)^2 + b1 s_{t-1}^2, b1 = (1 - a1) share; mean-field Gaussian.
 
     Bollerslev (1986), "Generalized autoregressive conditional heteroskedasticity"; simulated series.
@@ -70,4 +70,4 @@ def garch(steps: int = 200) -> Case:
 
         return Twin(model, AutoNormal(model), (jnp.asarray(y.numpy()),), Trace_ELBO())
 
-    return Case(model=model, args=(y,), twin=twin, steps=512, pyro_steps=3, **MEAN_FIELD)
+    return Case(model=model, args=(y,), twin=twin, steps=512, pyro_steps=3, device=device, **MEAN_FIELD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pyro
@@ -94,7 +95,26 @@ def test_an_engine_of_another_device_is_refused() -> None:
         make_engine("cuda-graph", program(gathered, True), ELBO(), RULE)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("fuse", [False, True])
+def test_garbage_does_not_end_a_capture(fuse: bool) -> None:
+    """An engine that is kept by a circle is released by the collector, which would run among so many operations."""
+    made, kept, before = program(recursion, False, "cuda"), [], gc.get_threshold()
+    kept.append((kept, make_engine("cuda-graph", made, ELBO(2), RULE)))
+    del kept
+    gc.set_threshold(50)
+    try:
+        engine = make_engine("compiled" if fuse else "cuda-graph", made, ELBO(2), RULE)
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled()
+    assert engine.name == ("compiled" if fuse else "cuda-graph")
+
+
+@needs_cuda
 @pytest.mark.parametrize(("model", "rows", "seeds"), CASES)
 def test_captured_steps_are_traced_steps(model: Any, rows: bool, seeds: int) -> None:
     made = program(model, rows, "cuda")
