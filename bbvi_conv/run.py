@@ -16,6 +16,7 @@ from bbvi_conv.binding import bind
 from bbvi_conv.engine.choose import make_engine
 from bbvi_conv.engine.engine import Carry, Engine, start_carry
 from bbvi_conv.engine.streams import Stream
+from bbvi_conv.engine.workers import one_thread_in_forks
 from bbvi_conv.families import MeanField
 from bbvi_conv.monitor.gradient_norm import usable
 from bbvi_conv.monitor.judge import WIDE, Check, Judge, width
@@ -267,6 +268,7 @@ class Run:
         self.program, self.settings, self.clock = program, settings, clock
         self._engine_reason = engine_reason or "asked for"
         self.rule = settings.rule(program.layered)
+        one_thread_in_forks()
         start = clock()
         self.normaliser = float(program.total) if program.minibatch and settings.normalise == "datum" else 1.0
         self.schedule, self.held_out = settings.bound(), held_out

@@ -52,7 +52,7 @@ class FixedSteps:
     def __init__(self, traced: TracedEngine) -> None:
         program, carried = traced.calculus.program, traced.carried
         made = traced.side_by_side(traced.num_seeds, checked=False)
-        inner, constants = lift(made.graph)
+        inner, constants = lift(made.graph, numbers=True)
         # single numbers are kept as vectors of one: fused steps fail to change a tensor without dimensions
         own = [t.reshape(t.shape or 1).clone() for t in made.example[:carried]]
         self.carry = [t.view(like.shape) for t, like in zip(own, made.example, strict=False)]

@@ -1,11 +1,13 @@
-"""Threads that advance several runs at once, each run on one thread at a time."""
+"""Threads that advance several runs at once, each run on one thread at a time; and those of forked processes."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
@@ -25,6 +27,16 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@cache
+def one_thread_in_forks() -> None:
+    """Let processes forked from this one, as those of a ``multiprocessing.Pool``, compute on one thread.
+
+    The threads that torch's operations wait for are not copied: at the first operation of several, a fork would hang.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 class Workers:

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bbvi_conv.optim.step_sizes import InverseSqrt, StepSize, positive
+from bbvi_conv.optim.step_sizes import InverseSqrt, StepSize, number, positive
 
 
 class Optimiser(Protocol):
@@ -42,7 +42,7 @@ def shortened(grad: Tensor, max_norm: float | None) -> Tensor:
     if max_norm is None:
         return grad
     norm: Tensor = torch.linalg.vector_norm(grad, dim=-1, keepdim=True)
-    return grad * (max_norm / norm).clamp(max=1.0)
+    return grad * (number(max_norm, norm) / norm).clamp(max=1.0)
 
 
 @dataclass(frozen=True)

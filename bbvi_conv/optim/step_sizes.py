@@ -23,6 +23,11 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def number(value: float, like: Tensor) -> Tensor:
+    """A scalar tensor of the same kind. Compiled code takes such a number as an input, and serves for any other."""
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
 @dataclass(frozen=True)
 class Constant:
     """The same step size at every step."""
@@ -34,7 +39,7 @@ class Constant:
 
     def __call__(self, n: Tensor) -> Tensor:
         """``size``."""
-        return torch.full_like(n, self.size)
+        return number(self.size, n).expand_as(n)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class InverseSqrt:
 
     def __call__(self, n: Tensor) -> Tensor:
         """``size / sqrt(n)``."""
-        return self.size * n.rsqrt()
+        return number(self.size, n) * n.rsqrt()
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class InverseLinear:
 
     def __call__(self, n: Tensor) -> Tensor:
         """``size / (n + delay)``."""
-        return self.size / (n + self.delay)
+        return number(self.size, n) / (n + number(self.delay, n))
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class ExponentialDecay:
 
     def __call__(self, n: Tensor) -> Tensor:
         """``size * rate ** (n / steps)``."""
-        return self.size * torch.exp(n * (math.log(self.rate) / self.steps))
+        return number(self.size, n) * torch.exp(n * number(math.log(self.rate) / self.steps, n))
 
 
 @dataclass(frozen=True)
@@ -108,5 +113,5 @@ class CosineDecay:
 
     def __call__(self, n: Tensor) -> Tensor:
         """Half a cosine from ``size`` down to ``final * size``."""
-        wave = 0.5 * (1 + torch.cos(math.pi * (n / self.steps).clamp(max=1.0)))
-        return self.size * (self.final + (1 - self.final) * wave)
+        wave = 0.5 * (1 + torch.cos(math.pi * (n / number(self.steps, n)).clamp(max=1.0)))
+        return number(self.size, n) * (number(self.final, n) + number(1 - self.final, n) * wave)

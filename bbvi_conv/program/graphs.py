@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import cmath
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ PRODUCTS = (*(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.ba
 
 NARROW = 64
 """Columns up to which a tall constant matrix is kept columns first: its rows then fill whole vectors."""
+
+
+WRITTEN = (0.0, 0.5, 1.0, 2.0)
+"""Sizes of numbers that are a part of the program: what they are added to or multiplied with becomes simpler."""
 
 
 def results(graph: GraphModule) -> list[Any]:
@@ -104,40 +109,59 @@ def reordered(graph: GraphModule, order: Sequence[int]) -> GraphModule:
     return WrittenLate(graph, inner)
 
 
-def lift(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+def lift(graph: GraphModule, *, numbers: bool) -> tuple[GraphModule, list[Tensor]]:
     """The graph with its constant tensors as further inputs, after the others; and these, each in memory of its own.
 
-    Constant scalars are written into the graph, where they fold.
+    Args:
+        graph: any.
+        numbers: whether single numbers are inputs as well, but for :data:`WRITTEN` ones, so that the graph stays the
+            same for another scale of a prior, other data that it was computed from, and another step size; else they
+            are written into the graph.
     """
     inner = Graph()
     known: dict[Node, Node] = {}
     for node in graph.graph.find_nodes(op="placeholder"):
         known[node] = inner.node_copy(node)
-    lifted: dict[str, Node] = {}
+    lifted: dict[Any, Node] = {}
     constants: list[Tensor] = []
     places: set[int] = set()
-    for node in graph.graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        value = getattr(graph, name)
-        if name not in lifted and value.dim():
+    unsteady = overwritten(graph)
+    values = {node: value for node in graph.graph.nodes if (value := _constant(graph, node, unsteady)) is not None}
+    for node, value in values.items():
+        name = node.target if node.op == "get_attr" else node
+        if name not in lifted and (value.dim() or (numbers and not _is_written(value.item()))):
             lifted[name] = inner.placeholder(f"constant_{len(constants)}")
             constant = _columns_first(value.detach())
             place = constant.untyped_storage().data_ptr()
             constants.append(constant.clone() if place in places else constant)
             places.add(place)
+        if name in lifted:
+            known[node] = lifted[name]
     for node in graph.graph.nodes:
-        if node.op == "placeholder":
+        if node in known:
             continue
-        if node.op != "get_attr":
-            known[node] = inner.node_copy(node, known.__getitem__)
-        elif str(node.target) in lifted:
-            known[node] = lifted[str(node.target)]
-        else:
-            value = getattr(graph, str(node.target))
+        if node in values:
+            value = values[node]
             where = {} if value.device.type == "cpu" else {"device": value.device}
-            kind = {"dtype": value.dtype, **where}
-            known[node] = inner.call_function(torch.ops.aten.full.default, ([], value.item()), kind)
+            kind: Any = {"dtype": value.dtype, **where}
+            known[node] = inner.call_function(_aten.full.default, ([], value.item()), kind)
+        else:
+            known[node] = inner.node_copy(node, known.__getitem__)
     return WrittenLate(graph, inner), constants
+
+
+def _constant(graph: GraphModule, node: Node, unsteady: Collection[Node]) -> Tensor | None:
+    """The value of a constant tensor, and of a single number that is made in the graph and stays as it is."""
+    if node.op == "get_attr":
+        value: Tensor = getattr(graph, str(node.target))
+        return value
+    if node.target is _aten.full.default and not node.args[0] and node not in unsteady:
+        return torch.full((), node.args[1], **node.kwargs)  # type: ignore[arg-type]
+    return None
+
+
+def _is_written(number: complex) -> bool:
+    return abs(number) in WRITTEN or not cmath.isfinite(number)
 
 
 def simplify(graph: GraphModule, *, differentiable: bool = False) -> GraphModule:

@@ -271,7 +271,7 @@ def _register(
                     "around it: pass it in the carry, in xs, or as a local variable"
                 )
         _replace_detach(graph, torch.ops.bbvi_conv.stop.default if stops else None)
-        graph, constants = lift(graph)
+        graph, constants = lift(graph, numbers=False)
         name = hashlib.sha256(f"{graph.code}\n{kinds}\n{len(carry)} {len(x)}".encode()).hexdigest()[:24]
         if name not in BODIES:
             made = graph(*example, *constants)
@@ -317,7 +317,7 @@ def _plain(graph: GraphModule) -> GraphModule:
         found.graph.eliminate_dead_code()
         return found
 
-    simple, constants = lift(simplify(copied()))
+    simple, constants = lift(simplify(copied()), numbers=False)
     return copied() if constants else simple
 
 

@@ -25,7 +25,7 @@ from bbvi_conv.engine.native.cache import folder
 from bbvi_conv.engine.streams import block_of
 from bbvi_conv.families import MeanField, NeuralSpline
 from bbvi_conv.objectives import ELBO, IWAE, Objective
-from bbvi_conv.optim import SGD, Adam, Constant, InverseSqrt
+from bbvi_conv.optim import SGD, Adam, Constant, CosineDecay, ExponentialDecay, InverseLinear, InverseSqrt, StepSize
 from bbvi_conv.program import Minibatch, Program
 from bbvi_conv.program.build import build
 from bbvi_conv.program.scan import operations
@@ -325,6 +325,48 @@ def test_a_second_engine_finds_what_the_first_compiled(tiny: Callable[[], Compil
     assert (entry(tmp_path) / "step.so").stat().st_mtime_ns == before
 
 
+def by_the_data(seed: int, scale: float) -> Program:
+    """With a prior by the data."""
+    gen = torch.Generator().manual_seed(seed)
+    x, noise = torch.randn(2, 30, dtype=torch.float64, generator=gen)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, scale * y.std()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(slope * x, 0.7), obs=y)
+
+    return build(model, None, (x, x + noise), family=MeanField(), dtype=torch.float64)
+
+
+def test_code_serves_other_data_priors_and_step_sizes() -> None:
+    for seed, scale, size in [(0, 2.5, 0.01), (1, 7.0, 0.03)]:
+        program, rule = by_the_data(seed, scale), Adam(Constant(size), max_norm=300 * size)
+        traced = make_engine("traced", program, ELBO(), rule)
+        assert isinstance(traced, TracedEngine)
+        compiled = CompiledEngine(traced, "to see")
+        assert compiled.cached is (seed == 1)
+        compiled.prepare()
+        (moved, losses), (expected, right) = (advance(engine, ELBO(), 50, rule=rule) for engine in (compiled, traced))
+        torch.testing.assert_close(moved.x, expected.x, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(losses, right, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        InverseSqrt,
+        lambda size: InverseLinear(size, 100 * size),
+        lambda size: ExponentialDecay(size, 5 * size, int(1000 * size)),
+        lambda size: CosineDecay(size, int(1000 * size), 7 * size),
+    ],
+    ids=["InverseSqrt", "InverseLinear", "ExponentialDecay", "CosineDecay"],
+)
+def test_code_serves_other_numbers_of_a_rule(rule: Callable[[float], StepSize], program: Program) -> None:
+    engines = (make_engine("traced", program, ELBO(), SGD(rule(size))) for size in (0.03, 0.04))
+    one, other = (CompiledEngine(engine, "to see") for engine in engines if isinstance(engine, TracedEngine))
+    assert one._loop.name == other._loop.name
+
+
 @pytest.mark.parametrize("damage", ["step.so", "plan.json", "torn.json", "other.json"])
 def test_a_damaged_entry_is_built_anew(tiny: Callable[[], CompiledEngine], tmp_path: Path, damage: str) -> None:
     first, _ = advance(tiny(), ELBO(), 20)
@@ -427,7 +469,8 @@ def program() -> Program:
     return build(normal, None, (torch.tensor(1.0),), family=MeanField())
 
 
-def test_auto_weighs_steps_against_compiling(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_weighs_steps_against_compiling(program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS", 5.0)
     few = make_engine("auto", program, ELBO(), RULE, steps=100)
     assert few.name == "traced"
@@ -438,12 +481,15 @@ def test_auto_weighs_steps_against_compiling(program: Program, monkeypatch: pyte
     assert (again.name, again.reason) == ("compiled", "compiled by an earlier run")
 
 
-def test_auto_weighs_what_runs_have_lost_together(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_weighs_what_runs_have_lost_together(
+    program: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Whoever makes the same few steps again and again waits for the compiler once, and no longer than it would."""
     monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS", 5.0)
     monkeypatch.setattr("bbvi_conv.engine.choose.COMPILE_SECONDS_PER_NODE", 0.0)
     monkeypatch.setattr("bbvi_conv.engine.choose.STEP_SECONDS_PER_NUMBER", 0.0)
-    rule = Adam(InverseSqrt(0.07))  # a program of its own
+    monkeypatch.setenv("BBVI_CONV_CACHE", str(tmp_path / "cache"))
+    rule = Adam(InverseSqrt(0.1))
     _, nodes = operations(make_engine("traced", program, ELBO(), rule).one.graph)  # type: ignore[union-attr]
     monkeypatch.setattr("bbvi_conv.engine.choose.STEP_SECONDS_PER_NODE", 0.012 / nodes)
     seen = [make_engine("auto", program, ELBO(), rule, steps=100).name for _ in range(6)]

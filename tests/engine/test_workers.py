@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -45,3 +49,32 @@ def test_a_failure_stops_every_run_and_is_raised() -> None:
     assert reached < 100
     time.sleep(0.05)
     assert len(moved) == reached
+
+
+FORKS = """
+import multiprocessing
+import torch, pyro, pyro.distributions as dist
+import bbvi_conv as bc
+
+def model(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+def fitted(seed):
+    fit = bc.fit(model, args=(torch.linspace(-1, 1, 1000),), max_steps=100, engine="traced", seed=seed, progress=False)
+    return fit.state.step, torch.get_num_threads()
+
+print(*fitted(0))
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(*pool.apply_async(fitted, [1]).get(timeout=60))
+"""
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked here")
+def test_a_process_forked_after_a_fit_can_fit() -> None:
+    """torch's threads are not there any more."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", FORKS], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["100", "2", "100", "1"]

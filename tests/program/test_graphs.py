@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -223,8 +224,59 @@ def test_what_follows_from_constants_is_computed_once() -> None:
     assert not any(node.target is torch.ops.aten.lgamma.default for node in graph.graph.nodes)
     for ours, expected in zip(graph(rate), log_poisson(rate), strict=True):
         torch.testing.assert_close(ours, expected)
-    _, constants = lift(graph)
+    _, constants = lift(graph, numbers=True)
     assert max(constant.numel() for constant in constants) == 4  # one row of three that are alike
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_single_numbers_are_inputs_where_wanted(numbers: bool, dtype: torch.dtype) -> None:
+    """A prior by the data's mean and standard deviation, and any other, then leave the code as it is."""
+
+    def lifted(scale: float, shift: float) -> tuple[str, list[Tensor]]:
+        y = torch.tensor([scale, 3.0, -1.0], dtype=dtype)
+
+        def log_density(x: Tensor) -> Tensor:
+            prior = torch.distributions.Normal(y.mean(), shift * y.std(), validate_args=False)
+            more = torch.full((), shift, dtype=dtype) * x.sum() + 10 * torch.tensor(0.0, dtype=dtype)
+            return prior.log_prob(x).sum() + more * (y > 0).sum()
+
+        graph, constants = lift(simplify(to_graph(log_density, x, functional=False)), numbers=numbers)
+        torch.testing.assert_close(graph(x, *constants), log_density(x))
+        return graph.code, constants
+
+    x = torch.tensor([0.5, -1.0], dtype=dtype)
+    (code, constants), (other_code, others) = lifted(0.7, 2.5), lifted(1.9, 0.3)
+    assert (code == other_code) is numbers
+    assert [t.numel() for t in constants] == [t.numel() for t in others] == [1] * len(constants)
+    assert bool(constants) is numbers
+    assert ("2.5" in code) is not numbers
+
+
+@pytest.mark.parametrize(
+    ("number", "written"),
+    [
+        *((0.0, True), (-1.0, True), (0.5, True), (2, True), (True, True), (math.inf, True), (math.nan, True)),
+        *((0.1, False), (3.0, False), (12, False), (1 + 2j, False)),
+    ],
+)
+def test_numbers_that_make_others_simpler_are_written(number: complex, written: bool) -> None:
+    graph = to_graph(lambda x: x * torch.tensor(number), torch.ones(2), functional=False)
+    lifted, constants = lift(graph, numbers=True)
+    assert (not constants) is written
+    torch.testing.assert_close(lifted(torch.ones(2), *constants), graph(torch.ones(2)), equal_nan=True)
+
+
+def test_a_number_that_is_changed_is_made_anew() -> None:
+    def function(x: Tensor) -> Tensor:
+        total = torch.full((), 7.0)
+        total.reshape(1).add_(x.sum())
+        return total * x
+
+    graph, constants = lift(to_graph(function, torch.ones(2), functional=False), numbers=True)
+    assert not constants
+    for _ in range(2):
+        torch.testing.assert_close(graph(torch.ones(2)), torch.full((2,), 9.0))
 
 
 def test_large_results_of_small_constants_are_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +288,7 @@ def test_large_results_of_small_constants_are_computed_anew(monkeypatch: pytest.
 
     monkeypatch.setattr("bbvi_conv.program.constants.LARGE", 2**24)
     graph = simplify(to_graph(function, torch.ones(()), functional=False))
-    assert sum(c.numel() for c in lift(graph)[1]) <= 4000
+    assert sum(c.numel() for c in lift(graph, numbers=True)[1]) <= 4000
     torch.testing.assert_close(tuple(graph(torch.ones(()))), function(torch.ones(())))
 
 

@@ -77,7 +77,7 @@ class NativeLoop:
         self.carry, self.moving, self.held, self.threads, self.checked = carry, moving, held, threads, checked
         self._resident = [data.contiguous() for data in resident]
         self._changing = changing = carry + held + moving + len(resident)
-        lifted, constants = lift(graph)
+        lifted, constants = lift(graph, numbers=True)
         whole = (*example[changing:], *constants)
         sparse.mark(lifted, {**self._drawn(example), **dict(enumerate(whole, changing))})
         fixed = [_whole(t) for t in whole]
