@@ -11,7 +11,9 @@ from torch import Tensor
 from bbvi_conv.families import MeanField
 from bbvi_conv.program.build import build, positional
 from bbvi_conv.program.device import with_index
+from bbvi_conv.program.faithful import check_gaps
 from bbvi_conv.program.program import Program
+from bbvi_conv.program.structure import not_finite
 from bbvi_conv.run import Settings
 
 
@@ -76,9 +78,13 @@ class Recipe(NamedTuple):
         """``program`` over the held-out rows, where there are any.
 
         Raises:
-            ValueError: as for :meth:`~bbvi_conv.program.program.Program.with_data`.
+            ValueError: as for :meth:`~bbvi_conv.program.program.Program.with_data`, and for rows that are not finite.
         """
-        return None if self.held_out is None else program.with_data(self.held_out)
+        if self.held_out is None:
+            return None
+        unseen = program.with_data(self.held_out)
+        check_gaps(unseen, not_finite((f"argument {i} of held_out", a) for i, a in enumerate(self.held_out)))
+        return unseen
 
     def remade(self, seed: int) -> Recipe:
         """The same with networks made anew under a seed, where a file makes them."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import random_state
 from bbvi_conv.program.program import Program, Rows, SiteValues, quiet_pyro
-from bbvi_conv.program.structure import innermost, is_deterministic, is_plate, plates_of
+from bbvi_conv.program.structure import innermost, is_deterministic, is_of_any_length, is_plate, plates_of
 
 Plates = tuple[tuple[str, int, int], ...]
 
@@ -168,6 +168,8 @@ def _variable(program: Program, site: dict[str, Any], latent: bool) -> Variable:
 
 
 def _silent(fn: Any) -> str:
+    if is_of_any_length(fn):
+        return f"{type(innermost(fn)).__name__} is of no length of its own: give it duration= to draw data"
     try:
         fn.sample()
     except NotImplementedError as error:

@@ -29,7 +29,7 @@ from bbvi_conv.program.enumeration import (
     joined,
     without_discrete,
 )
-from bbvi_conv.program.faithful import check
+from bbvi_conv.program.faithful import check, check_gaps
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import NoiseLayout, random_state
 from bbvi_conv.program.program import UNTAPED_SEED, Program, Rows, guide_trace, quiet_pyro
@@ -38,7 +38,6 @@ from bbvi_conv.program.structure import (
     Leaf,
     analyse,
     as_leaf,
-    check_finite,
     check_guide,
     check_site,
     discrete_latent,
@@ -47,6 +46,7 @@ from bbvi_conv.program.structure import (
     is_plate,
     latent_sites,
     missing_latent,
+    not_finite,
     plates_of,
     random_sites,
     revalued,
@@ -112,8 +112,12 @@ def build(
     if (guide is None) == (family is None):
         raise ValueError("give either a guide or a family, not both" if guide else "a guide or a family is needed")
     kwargs = dict(kwargs or {})
-    check_finite((f"positional argument {i}", a) for i, a in enumerate(args))
-    check_finite((f"keyword argument {name!r}", a) for name, a in kwargs.items())
+    told = not_finite(
+        [
+            *((f"positional argument {i}", a) for i, a in enumerate(args)),
+            *((f"keyword argument {name!r}", a) for name, a in kwargs.items()),
+        ]
+    )
     if isinstance(guide, type):
         name = guide.__name__
         raise ValueError(f"guide is the class {name}: make one, guide={name}(model), or give family={name}")
@@ -127,6 +131,7 @@ def build(
     for attempt in attempts:
         try:
             program = _build(model, guide, args, kwargs, family, minibatch, attempt, device, seed, loop)
+            check_gaps(program, told)
         except (ValueError, RuntimeError) as error:
             failed.append(error)
             if _is_about_types(error):
@@ -139,6 +144,8 @@ def build(
                 if not _is_about_types(error):
                     raise
         return program
+    if told and re.search(r"\b(nan|inf)\b", str(failed[0])):
+        raise ValueError(told) from failed[0]
     own = failed[-1 if small else 0]  # of float32 where both were tried: tensors are of it where nothing else is said
     explained = _explained(own, attempts[failed.index(own)], made=guide is not None)
     if explained is own:

@@ -54,17 +54,15 @@ def check(program: Program) -> bool:
     start = program.initial()
     moved = start + 0.01 * torch.sin(torch.arange(1.0, len(start) + 1.0, device=start.device)).to(start)
     noise, batch = program.example()
-    theta, phi = program.split(moved)
-    values = {name: value.detach().clone().requires_grad_() for name, value in {**theta, **phi}.items()}
+    theta, phi, values = _parameters(program, moved)
     owned = {leaf.name: leaf.tensor for leaf in program.leaves if leaf.tensor.requires_grad}
 
     def run(theta: dict[str, Tensor], phi: dict[str, Tensor]) -> Terms:
         return program.log_weights(theta, phi, phi, noise, batch)
 
     with buffers_kept(program.modules), random_state(program.device, 0):
-        ours = [{name: values[name] for name in part} for part in (theta, phi)]
         before = generator_state(program.device)
-        found = total_and_slopes(lambda: run(*ours), [values[name] for name in owned])
+        found = total_and_slopes(lambda: run(theta, phi), [values[name] for name in owned])
         if not torch.equal(before, generator_state(program.device)):
             return True
         program.write_back(moved)
@@ -73,7 +71,7 @@ def check(program: Program) -> bool:
         finally:
             program.write_back(start)
         wrong = differing(found, right)
-        if not wrong or differing(total_and_slopes(lambda: run(*ours), []), found[:1]):
+        if not wrong or differing(total_and_slopes(lambda: run(theta, phi), []), found[:1]):
             return False
     hidden = [list(owned)[index - 1] for index in wrong if index]
     raise ValueError(
@@ -81,3 +79,40 @@ def check(program: Program) -> bool:
         "gradient would be wrong: torch.func, torch.jit, torch.utils.checkpoint or an autograd function of your own; "
         "hand it a product with one, as in 1.0 * weight, or leave it out"
     )
+
+
+def check_gaps(program: Program, told: str) -> None:
+    """Refuse data that are not finite, unless the model reads past them, as where it masks and fills what is missing.
+
+    Args:
+        program: over these data.
+        told: what to say of them; empty where all are finite.
+
+    Raises:
+        ValueError: if the density of rows that hold such numbers, or its gradient, is not finite.
+    """
+    if not told:
+        return
+    if program.by_index:  # the rows that hold them are not known
+        raise ValueError(told)
+    noise, batch = program.example()
+    if program.minibatch is not None:
+        finite = [torch.isfinite(a).reshape(len(a), -1).all(1) for a in (program.args[i] for i in program.batched)]
+        rows = (~torch.stack(finite).all(0)).nonzero().flatten()
+        if len(rows):
+            batch = program.batch(rows[torch.arange(program.minibatch.size, device=rows.device) % len(rows)])
+    theta, phi, values = _parameters(program, program.initial())
+    with buffers_kept(program.modules), random_state(program.device, 0):
+        try:
+            found = total_and_slopes(lambda: program.log_weights(theta, phi, phi, noise, batch), list(values.values()))
+        except ValueError as error:
+            raise ValueError(told) from error
+    if not all(bool(torch.isfinite(part).all()) for part in found):
+        raise ValueError(told)
+
+
+def _parameters(program: Program, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters of the model and of the guide at ``x``, and all of them, as leaves."""
+    theta, phi = program.split(x)
+    values = {name: value.detach().clone().requires_grad_() for name, value in {**theta, **phi}.items()}
+    return {name: values[name] for name in theta}, {name: values[name] for name in phi}, values

@@ -26,7 +26,6 @@ from bbvi_conv.program.noise import ALONE, Noise, NoiseLayout, random_state
 from bbvi_conv.program.structure import (
     Leaf,
     Structure,
-    check_finite,
     is_deterministic,
     is_plate,
     latent_sites,
@@ -333,7 +332,6 @@ class Program:
                 f"held_out holds {len(args)} positional arguments where args holds {len(self.args)}: give the same "
                 "ones over other rows"
             )
-        check_finite((f"argument {i} of held_out", a) for i, a in enumerate(args))
         for i, (own, given) in enumerate(zip(self.args, args, strict=True)):
             if not isinstance(own, Tensor):
                 continue

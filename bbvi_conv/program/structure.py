@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pyro.distributions import GaussianMRF
+from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.distributions.util import broadcast_shape  # torch's own imports a computer algebra system, half a second
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
@@ -84,6 +86,13 @@ def innermost(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
+
+
+def is_of_any_length(fn: Any) -> bool:
+    """Whether a chain of hidden states, alike at all times, is that of as many times as there are data."""
+    inner = innermost(fn)
+    alike = isinstance(inner, HiddenMarkovModel | GaussianMRF) and inner.event_shape[0] == 1
+    return alike and getattr(inner, "duration", None) is None
 
 
 def is_deterministic(site: dict[str, Any]) -> bool:
@@ -172,18 +181,18 @@ def analyse(guide_trace: Trace, model_trace: Trace, dependent: set[str]) -> Stru
     )
 
 
-def check_finite(values: Iterable[tuple[str, Any]]) -> None:
-    """Refuse NaN and infinite data, naming the first index.
-
-    Raises:
-        ValueError: naming the argument and the index.
-    """
+def not_finite(values: Iterable[tuple[str, Any]]) -> str:
+    """What to say of the first NaN or infinity in data, with its index; nothing where there is none."""
     for name, value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
             bad = ~torch.isfinite(value)
             if bad.any():
                 index = tuple(int(i) for i in bad.nonzero()[0])
-                raise ValueError(f"{name} holds {value[index].item()} at index {index}; remove or mask such rows")
+                return (
+                    f"{name} holds {value[index].item()} at index {index}; remove such rows, or mask them and put a "
+                    "number in its place"
+                )
+    return ""
 
 
 def discrete_latent(name: str, *, made: bool = False) -> str:
@@ -255,6 +264,8 @@ def check_site(site: Any) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{who} has a value of type {type(value).__name__}: give a tensor, as by torch.as_tensor")
     event = tuple(fn.event_shape)
+    if is_of_any_length(fn) and value.dim() >= len(event):
+        event = (value.shape[-len(event)], *event[1:])
     if event and tuple(value.shape[len(value.shape) - len(event) :]) != event:
         raise ValueError(f"{who} expects event shape {event}, got a value of shape {tuple(value.shape)}")
     if not site["is_observed"] and tuple(value.shape) != tuple(fn.shape()):
@@ -269,8 +280,8 @@ def check_site(site: Any) -> None:
             f"{who} has batch shape {tuple(fn.batch_shape)}, got a value of shape {tuple(value.shape)}; "
             "check the plate sizes and the data"
         ) from None
-    if value.is_floating_point() and site["is_observed"]:
-        check_finite([(f"the data of {who}", value.detach())])
+    if site["is_observed"] and (told := not_finite([(f"the data of {who}", value.detach())])):
+        raise ValueError(told)
     if support := outside(site):
         hint = "the data" if site["is_observed"] else "the guide's support"
         raise ValueError(f"a value of {who} lies outside the support {support}; check {hint}")

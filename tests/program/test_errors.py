@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -9,9 +11,11 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
+import bbvi_conv as bc
 from bbvi_conv.engine import Calculus, Stream
 from bbvi_conv.families import MeanField
 from bbvi_conv.objectives import ELBO
+from bbvi_conv.program import Minibatch
 from bbvi_conv.program.build import build
 
 X = torch.tensor([0.3, -1.2, 2.0])
@@ -151,8 +155,73 @@ def test_guide_or_family() -> None:
 def test_data_that_are_not_finite_are_named_with_the_first_index(bad: float) -> None:
     x = torch.zeros(3, 4)
     x[1, 2] = x[2, 0] = bad
-    with pytest.raises(ValueError, match=rf"positional argument 1 holds {bad} at index \(1, 2\); remove or mask"):
-        build(model, None, (X, x), family=MeanField())
+
+    def rows(x: Tensor, y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(z + x, 1.0), obs=y.sum(-1))
+
+    with pytest.raises(ValueError, match=rf"positional argument 1 holds {bad} at index \(1, 2\); remove such rows"):
+        build(rows, None, (X, x), family=MeanField())
+
+
+def filled(x: Tensor, y: Tensor) -> None:
+    seen = ~torch.isnan(y)
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)), pyro.poutine.mask(mask=seen):
+        pyro.sample("y", dist.Normal(z * x, 1.0), obs=torch.where(seen, y, 0.0))
+
+
+def masked(x: Tensor, y: Tensor) -> None:
+    """The density is finite, its gradient is not."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    log_density = dist.Normal(z * x, 1.0, validate_args=False).log_prob(y)
+    pyro.factor("y", torch.where(torch.isnan(y), 0.0, log_density).sum())
+
+
+def gathered(x: Tensor, y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(z * x, 1.0), obs=y)
+
+
+WHOLE = torch.linspace(0, 1, 6)
+GAPS = torch.tensor([1.0, 2.0, float("nan"), 0.5, 1.0, float("nan")])
+
+
+@pytest.mark.parametrize("batch", [None, Minibatch(2, plate="data")])
+def test_data_with_gaps_are_taken_where_the_model_reads_past_them(batch: Minibatch | None) -> None:
+    made = build(filled, None, (WHOLE, GAPS), family=MeanField(), minibatch=batch)
+    x, (noise, seen) = made.initial(), made.example()
+    assert made.site_values(x, noise, seen).log_p.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "batch"),
+    [
+        (masked, (WHOLE, GAPS), None),
+        (gathered, (WHOLE, GAPS), None),
+        (gathered, (GAPS, WHOLE), None),
+        (gathered, (GAPS, WHOLE), Minibatch(2, plate="data")),
+    ],
+)
+def test_gaps_that_the_density_or_its_gradient_meets_are_named(
+    model: Any, args: tuple[Tensor, ...], batch: Minibatch | None
+) -> None:
+    with pytest.raises(ValueError, match=r"argument [01] holds nan at index \(2,\); remove such rows, or mask"):
+        build(model, None, args, family=MeanField(), minibatch=batch)
+
+
+def test_what_else_is_wrong_with_data_that_have_gaps_is_said() -> None:
+    with pytest.raises(ValueError, match="no plate 'rows'"):
+        build(filled, None, (torch.ones(6), GAPS), family=MeanField(), minibatch=Minibatch(2, plate="rows"))
+
+
+def test_held_out_data_may_have_gaps_as_well() -> None:
+    run: dict[str, Any] = {"minibatch": Minibatch(2, plate="data"), "max_steps": 1, "progress": False}
+    assert bc.fit(filled, args=(WHOLE, WHOLE), held_out=(WHOLE, GAPS), **run).state.step == 1
+    with pytest.raises(ValueError, match=r"argument 0 of held_out holds nan at index \(2,\)"):
+        bc.fit(gathered, args=(WHOLE, WHOLE), held_out=(GAPS, WHOLE), **run)
 
 
 def test_data_inside_the_model_are_checked_too() -> None:
