@@ -24,8 +24,9 @@ def positive(name: str, value: float) -> None:
 
 
 def number(value: float, like: Tensor) -> Tensor:
-    """A scalar tensor of the same kind. Compiled code takes such a number as an input, and serves for any other."""
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+    """A scalar tensor beside another one. Compiled code takes such a number as an input, and serves for any other."""
+    dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+    return torch.full((), value, dtype=dtype, device=like.device)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ def test_step_sizes(rule: Any, formula: Callable[[int], float]) -> None:
             formula(n), rel=1e-12, abs=1e-15
         )
         assert rule(torch.tensor(float(n))).dtype == torch.float32
+    steps = torch.arange(1, 40)  # whole numbers, as one draws a rule by
+    assert rule(steps).tolist() == pytest.approx([formula(int(n)) for n in steps], rel=1e-5)
 
 
 def test_average_is_the_mean_of_what_it_has_seen() -> None:
