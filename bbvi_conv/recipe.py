@@ -11,7 +11,7 @@ from torch import Tensor
 from bbvi_conv.families import MeanField
 from bbvi_conv.program.build import build, positional
 from bbvi_conv.program.device import with_index
-from bbvi_conv.program.faithful import check_gaps
+from bbvi_conv.program.faithful import check_gaps, with_gaps
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.structure import not_finite
 from bbvi_conv.run import Settings
@@ -83,7 +83,9 @@ class Recipe(NamedTuple):
         if self.held_out is None:
             return None
         unseen = program.with_data(self.held_out)
-        check_gaps(unseen, not_finite((f"argument {i} of held_out", a) for i, a in enumerate(self.held_out)))
+        told = not_finite((f"argument {i} of held_out", a) for i, a in enumerate(self.held_out))
+        with with_gaps(told):
+            check_gaps(unseen, told)
         return unseen
 
     def remade(self, seed: int) -> Recipe:

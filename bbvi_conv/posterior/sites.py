@@ -169,7 +169,7 @@ def _variable(program: Program, site: dict[str, Any], latent: bool) -> Variable:
 
 def _silent(fn: Any) -> str:
     if is_of_any_length(fn):
-        return f"{type(innermost(fn)).__name__} is of no length of its own: give it duration= to draw data"
+        return f"{type(innermost(fn)).__name__} is of no length of its own, as those are that are given duration="
     try:
         fn.sample()
     except NotImplementedError as error:

@@ -29,7 +29,7 @@ from bbvi_conv.program.enumeration import (
     joined,
     without_discrete,
 )
-from bbvi_conv.program.faithful import check, check_gaps
+from bbvi_conv.program.faithful import check, check_gaps, with_gaps
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import NoiseLayout, random_state
 from bbvi_conv.program.program import UNTAPED_SEED, Program, Rows, guide_trace, quiet_pyro
@@ -125,13 +125,31 @@ def build(
     if guide is not None:
         _check_call("guide", guide, args, kwargs)
     device = with_index(home(args, kwargs) if device is None else device)
+    with with_gaps(told):
+        program = _of_a_type(model, guide, args, kwargs, family, minibatch, dtype, device, seed, loop)
+        check_gaps(program, told)
+    return program
+
+
+def _of_a_type(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    family: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+    minibatch: Minibatch | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    seed: int,
+    loop: bool,
+) -> Program:
+    """The program in the given float type, or in the first one that fits."""
     small = device.type == "cpu" and minibatch is None
     attempts = [dtype] if dtype is not None else [torch.float64, torch.float32][:: 1 if small else -1]
     failed: list[ValueError | RuntimeError] = []
     for attempt in attempts:
         try:
             program = _build(model, guide, args, kwargs, family, minibatch, attempt, device, seed, loop)
-            check_gaps(program, told)
         except (ValueError, RuntimeError) as error:
             failed.append(error)
             if _is_about_types(error):
@@ -144,8 +162,6 @@ def build(
                 if not _is_about_types(error):
                     raise
         return program
-    if told and re.search(r"\b(nan|inf)\b", str(failed[0])):
-        raise ValueError(told) from failed[0]
     own = failed[-1 if small else 0]  # of float32 where both were tried: tensors are of it where nothing else is said
     explained = _explained(own, attempts[failed.index(own)], made=guide is not None)
     if explained is own:

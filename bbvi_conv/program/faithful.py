@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bbvi_conv.program.buffers import buffers_kept
+from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import random_state
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.terms import Terms
@@ -84,31 +87,53 @@ def check(program: Program) -> bool:
 def check_gaps(program: Program, told: str) -> None:
     """Refuse data that are not finite, unless the model reads past them, as where it masks and fills what is missing.
 
+    With a minibatch this is tried on rows that hold such a number in every place where there is one.
+
     Args:
         program: over these data.
         told: what to say of them; empty where all are finite.
 
     Raises:
-        ValueError: if the density of rows that hold such numbers, or its gradient, is not finite.
+        ValueError: if the density, or its gradient, is not finite.
     """
     if not told:
         return
     if program.by_index:  # the rows that hold them are not known
         raise ValueError(told)
     noise, batch = program.example()
-    if program.minibatch is not None:
-        finite = [torch.isfinite(a).reshape(len(a), -1).all(1) for a in (program.args[i] for i in program.batched)]
-        rows = (~torch.stack(finite).all(0)).nonzero().flatten()
-        if len(rows):
-            batch = program.batch(rows[torch.arange(program.minibatch.size, device=rows.device) % len(rows)])
     theta, phi, values = _parameters(program, program.initial())
-    with buffers_kept(program.modules), random_state(program.device, 0):
-        try:
-            found = total_and_slopes(lambda: program.log_weights(theta, phi, phi, noise, batch), list(values.values()))
-        except ValueError as error:
-            raise ValueError(told) from error
-    if not all(bool(torch.isfinite(part).all()) for part in found):
-        raise ValueError(told)
+    for some in _with_gaps(program) or [batch]:
+        with buffers_kept(program.modules), random_state(program.device, 0):
+            terms = partial(program.log_weights, theta, phi, phi, noise, some)
+            found = total_and_slopes(terms, list(values.values()))
+        if not all(bool(torch.isfinite(part).all()) for part in found):
+            raise ValueError(told)
+
+
+def _with_gaps(program: Program) -> list[Batch]:
+    """Batches of rows that are not finite: for every place in a row one of those that are not finite there."""
+    if program.minibatch is None:
+        return []
+    gaps = [~torch.isfinite(program.args[i]).reshape(program.total, -1) for i in program.batched]
+    rows = torch.unique(torch.cat([bad[:, bad.any(0)].int().argmax(0) for bad in gaps]))
+    size = program.minibatch.size
+    places = torch.arange(size, device=rows.device)
+    return [program.batch(rows[(start + places) % len(rows)]) for start in range(0, len(rows), size)]
+
+
+@contextmanager
+def with_gaps(told: str) -> Iterator[None]:
+    """Add to whatever goes wrong what was ``told`` of the data, which may be why.
+
+    Raises:
+        ValueError: with both.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not told or told in str(error):
+            raise
+        raise ValueError(f"{error} ({told})") from error
 
 
 def _parameters(program: Program, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -35,8 +35,8 @@ NARROW = 64
 """Columns up to which a tall constant matrix is kept columns first: its rows then fill whole vectors."""
 
 
-WRITTEN = (0.0, 0.5, 1.0, 2.0)
-"""Sizes of numbers that are a part of the program: what they are added to or multiplied with becomes simpler."""
+WRITTEN = (0.0, 1.0)
+"""Sizes of numbers that are a part of the program: adding them, or multiplying by them, is not done at all."""
 
 
 def results(graph: GraphModule) -> list[Any]:
@@ -145,6 +145,7 @@ def lift(graph: GraphModule, *, numbers: bool) -> tuple[GraphModule, list[Tensor
             where = {} if value.device.type == "cpu" else {"device": value.device}
             kind: Any = {"dtype": value.dtype, **where}
             known[node] = inner.call_function(_aten.full.default, ([], value.item()), kind)
+            known[node].meta = dict(node.meta)
         else:
             known[node] = inner.node_copy(node, known.__getitem__)
     return WrittenLate(graph, inner), constants

@@ -361,7 +361,8 @@ def _scan(name: str, carry: list[Tensor], xs: list[Tensor], fixed: list[Tensor],
         now, left = list(made[: body.carry]), left - size
     join = torch.cat if body.blocks else torch.stack
     columns = zip(*(reversed(parts) if reverse else parts), strict=True)
-    return [*(c.clone() for c in now), *(join(column) for column in columns)]
+    last = (c.clone(memory_format=torch.contiguous_format) for c in now)
+    return [*last, *(join(column) for column in columns)]
 
 
 @_scan.register_fake

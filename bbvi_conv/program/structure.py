@@ -182,17 +182,15 @@ def analyse(guide_trace: Trace, model_trace: Trace, dependent: set[str]) -> Stru
 
 
 def not_finite(values: Iterable[tuple[str, Any]]) -> str:
-    """What to say of the first NaN or infinity in data, with its index; nothing where there is none."""
+    """What to say of data with NaN or infinities, of each with the first index; nothing where there are none."""
+    found = []
     for name, value in values:
         if isinstance(value, Tensor) and value.is_floating_point():
             bad = ~torch.isfinite(value)
             if bad.any():
                 index = tuple(int(i) for i in bad.nonzero()[0])
-                return (
-                    f"{name} holds {value[index].item()} at index {index}; remove such rows, or mask them and put a "
-                    "number in its place"
-                )
-    return ""
+                found.append(f"{name} holds {value[index].item()} at index {index}")
+    return f"{' and '.join(found)}; remove such rows, or mask them and put a number in its place" if found else ""
 
 
 def discrete_latent(name: str, *, made: bool = False) -> str:
@@ -265,7 +263,8 @@ def check_site(site: Any) -> None:
         raise ValueError(f"{who} has a value of type {type(value).__name__}: give a tensor, as by torch.as_tensor")
     event = tuple(fn.event_shape)
     if is_of_any_length(fn) and value.dim() >= len(event):
-        event = (value.shape[-len(event)], *event[1:])
+        time = len(event) - len(innermost(fn).event_shape)
+        event = (*event[:time], value.shape[time - len(event)], *event[time + 1 :])
     if event and tuple(value.shape[len(value.shape) - len(event) :]) != event:
         raise ValueError(f"{who} expects event shape {event}, got a value of shape {tuple(value.shape)}")
     if not site["is_observed"] and tuple(value.shape) != tuple(fn.shape()):

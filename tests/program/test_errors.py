@@ -212,6 +212,39 @@ def test_gaps_that_the_density_or_its_gradient_meets_are_named(
         build(model, None, args, family=MeanField(), minibatch=batch)
 
 
+def partly(x: Tensor, y: Tensor) -> None:
+    """Reads past gaps in the first column."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    seen = ~torch.isnan(y[:, 0])
+    with pyro.plate("data", len(x)):
+        with pyro.poutine.mask(mask=seen):
+            pyro.sample("a", dist.Normal(z * x, 1.0), obs=torch.where(seen, y[:, 0], 0.0))
+        pyro.sample("b", dist.Normal(z, 1.0), obs=y[:, 1])
+
+
+def test_gaps_in_every_place_of_a_row_are_tried() -> None:
+    y = torch.zeros(8, 2)
+    y[2, 0] = y[3, 0] = float("nan")
+    batch = Minibatch(2, plate="data")
+    build(partly, None, (torch.ones(8), y), family=MeanField(), minibatch=batch)
+    y[6, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"positional argument 1 holds nan at index \(2, 0\); remove such rows"):
+        build(partly, None, (torch.ones(8), y), family=MeanField(), minibatch=batch)
+
+
+def fails(x: Tensor, y: Tensor) -> None:
+    index = x.long()
+    scale = pyro.sample("scale", dist.LogNormal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(0.0, scale[index]), obs=torch.zeros(len(x)))
+
+
+def test_an_error_that_gaps_may_have_caused_is_told_with_them() -> None:
+    both = r"out of bounds.* \(positional argument 0 holds nan at index \(2,\) and positional argument 1 holds"
+    with pytest.raises(ValueError, match=both):
+        build(fails, None, (GAPS, GAPS), family=MeanField())
+
+
 def test_what_else_is_wrong_with_data_that_have_gaps_is_said() -> None:
     with pytest.raises(ValueError, match="no plate 'rows'"):
         build(filled, None, (torch.ones(6), GAPS), family=MeanField(), minibatch=Minibatch(2, plate="rows"))

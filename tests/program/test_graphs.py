@@ -256,8 +256,8 @@ def test_single_numbers_are_inputs_where_wanted(numbers: bool, dtype: torch.dtyp
 @pytest.mark.parametrize(
     ("number", "written"),
     [
-        *((0.0, True), (-1.0, True), (0.5, True), (2, True), (True, True), (math.inf, True), (math.nan, True)),
-        *((0.1, False), (3.0, False), (12, False), (1 + 2j, False)),
+        *((0.0, True), (-1.0, True), (1, True), (True, True), (math.inf, True), (math.nan, True)),
+        *((0.5, False), (2.0, False), (12, False), (1 + 2j, False)),
     ],
 )
 def test_numbers_that_make_others_simpler_are_written(number: complex, written: bool) -> None:
