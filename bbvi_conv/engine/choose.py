@@ -28,7 +28,10 @@ STEP_SECONDS_PER_NUMBER = 0.3e-9
 
 KERNEL_SECONDS = 1.5e-6
 FUSE_SECONDS = 10.0
-"""What an operation of its own costs in a captured step, and what fusing it, or rounds of a scan, takes (4 to 20 s)."""
+"""What an operation of its own costs in a captured step, and what fusing a step takes (an H200: 4 to 20 s).
+
+The rounds of a scan are taken to need as long.
+"""
 
 MOST_NODES = 6_000
 """Operations of a step up to which ``"auto"`` compiles: a loop in a model that is traced round by round has more."""

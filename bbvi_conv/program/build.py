@@ -125,31 +125,23 @@ def build(
     if guide is not None:
         _check_call("guide", guide, args, kwargs)
     device = with_index(home(args, kwargs) if device is None else device)
+
+    def of(dtype: torch.dtype) -> Program:
+        return _build(model, guide, args, kwargs, family, minibatch, dtype, device, seed, loop)
+
     with with_gaps(told):
-        program = _of_a_type(model, guide, args, kwargs, family, minibatch, dtype, device, seed, loop)
+        program = _of_a_type(of, dtype, small=device.type == "cpu" and minibatch is None, made=guide is not None)
         check_gaps(program, told)
     return program
 
 
-def _of_a_type(
-    model: Callable[..., Any],
-    guide: Callable[..., Any] | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    family: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
-    minibatch: Minibatch | None,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    seed: int,
-    loop: bool,
-) -> Program:
-    """The program in the given float type, or in the first one that fits."""
-    small = device.type == "cpu" and minibatch is None
+def _of_a_type(of: Callable[[torch.dtype], Program], dtype: torch.dtype | None, *, small: bool, made: bool) -> Program:
+    """The program in the given float type, or in the first that fits: float64 first where it may be ``small``."""
     attempts = [dtype] if dtype is not None else [torch.float64, torch.float32][:: 1 if small else -1]
     failed: list[ValueError | RuntimeError] = []
     for attempt in attempts:
         try:
-            program = _build(model, guide, args, kwargs, family, minibatch, attempt, device, seed, loop)
+            program = of(attempt)
         except (ValueError, RuntimeError) as error:
             failed.append(error)
             if _is_about_types(error):
@@ -157,13 +149,13 @@ def _of_a_type(
             break
         if dtype is None and small and attempt is torch.float64 and not _is_small(program):
             try:
-                return _build(model, guide, args, kwargs, family, minibatch, torch.float32, device, seed, loop)
+                return of(torch.float32)
             except (ValueError, RuntimeError) as error:
                 if not _is_about_types(error):
                     raise
         return program
     own = failed[-1 if small else 0]  # of float32 where both were tried: tensors are of it where nothing else is said
-    explained = _explained(own, attempts[failed.index(own)], made=guide is not None)
+    explained = _explained(own, attempts[failed.index(own)], made=made)
     if explained is own:
         raise own
     raise explained from own
