@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Predictive, Trace_ELBO
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 import bbvi_conv as bc
@@ -510,6 +511,70 @@ def test_fits_in_several_threads_do_not_disturb_each_other(engine: str) -> None:
     assert torch.get_default_dtype() is torch.float32
     with pytest.raises(ValueError, match="within the support"):
         dist.HalfNormal(1.0, validate_args=True).log_prob(torch.tensor(-1.0))
+
+
+def test_fits_of_minibatches_in_several_threads_take_turns() -> None:
+    """Pyro's stack of handlers is one for all threads."""
+
+    def of_rows(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def fitted(seed: int) -> Tensor:
+        batch = bc.Minibatch(4, plate="data")
+        return bc.fit(
+            of_rows, args=(torch.linspace(-1.0, 1.0, 12),), minibatch=batch, seed=seed, max_steps=20, **QUICK
+        ).x
+
+    alone = [fitted(seed) for seed in range(6)]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(fitted, range(6)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert not _PYRO_STACK
+
+
+@pytest.mark.parametrize("objective", [bc.ELBO(), bc.IWAE(num_particles=3)])
+def test_straight_through_draws_keep_what_they_were_rounded_from(objective: Any) -> None:
+    """Log q is taken at the soft draw, as in plain Pyro; at the rounded one it would be minus infinity."""
+    x = torch.bernoulli(torch.full((32, 4), 0.5), generator=torch.Generator().manual_seed(0))
+    encoder, decoder = torch.nn.Linear(4, 3), torch.nn.Linear(3, 4)
+    law, temperature = dist.RelaxedOneHotCategoricalStraightThrough, torch.tensor(0.7)
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", law(temperature, logits=torch.zeros(3)))
+            pyro.sample("x", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", law(temperature, logits=encoder(x)))
+
+    fitted = bc.fit(model, guide, args=(x,), objective=objective, max_steps=20, **QUICK)
+    assert fitted.state.step == 20
+    assert fitted.verdict.outcome != "diverged"
+    plain = -Trace_ELBO(num_particles=200).loss(fitted.model, fitted.guide, x)
+    assert plain - 2 < fitted.verdict.numbers["bound"]["value"] < plain + 10  # what several particles gain is less
+
+
+def test_compiled_networks_are_fitted_as_they_were_written() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(3, 2)
+    network = torch.compile(plain, backend="eager")
+    x = torch.linspace(-1.0, 1.0, 30).reshape(10, 3)
+
+    def model(x: Tensor) -> None:
+        pyro.module("network", network)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(network(x) + z, 1.0).to_event(1), obs=x[:, :2])
+
+    before = plain.weight.detach().clone()
+    fitted = bc.fit(model, args=(x,), engine="traced", max_steps=30, **QUICK)
+    assert not torch.equal(plain.weight, before)
+    assert fitted.verdict.outcome != "diverged"
 
 
 def test_a_guide_and_a_family_are_one_too_many() -> None:

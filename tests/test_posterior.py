@@ -13,7 +13,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
+from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
+from pyro.infer.reparam import LocScaleReparam
 from scipy import stats
 from torch import Tensor
 from torch.distributions import transform_to
@@ -634,3 +636,66 @@ def test_a_fit_names_itself() -> None:
 def test_ties_among_the_largest_weights_leave_no_tail() -> None:
     """The fit is then judged by what else is known; no warning, and no error of the library below."""
     assert math.isnan(pareto_shape(np.repeat([0.0, 1.0], 1000)))
+
+
+def test_counts_are_drawn_side_by_side() -> None:
+    """Draws of torch's own generator, mapped: at other rates, each for itself, as stated by the model."""
+
+    def model(y: Tensor) -> None:
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+            pyro.sample("again", dist.Poisson(rate), obs=y)
+            pyro.sample("of", dist.Binomial(10, probs=rate / (1 + rate)), obs=y)
+            pyro.sample("wide", dist.GammaPoisson(2.0, 1 / rate), obs=y)
+
+    program = build(model, None, (torch.tensor([1.0, 4.0, 2.0]),), family=MeanField())
+    kept: dict[str, Any] = {}
+    real = Mapped.__init__
+
+    def noted(self: Mapped, *args: Any, **more: Any) -> None:
+        real(self, *args, **more)
+        kept["piece"] = self.piece
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mapped, "__init__", noted)
+        found = draw(program, program.initial(), 4000, 0, replicate=True)
+        same = draw(program, program.initial(), 4000, 0, replicate=True)
+    assert kept["piece"] > 1  # power: not one after the other
+    rate = found.latent["rate"][:, None]
+    means = {"y": rate, "again": rate, "of": 10 * rate / (1 + rate), "wide": 2 * rate}
+    for name, mean in means.items():
+        drawn = found.replicated[name]
+        assert torch.equal(drawn, same.replicated[name])
+        error = (drawn - mean) / mean.sqrt()
+        assert error.mean().abs() < 4 * error.std() / 12000**0.5
+        assert not torch.equal(drawn[:, 0], drawn[:, 1])
+    assert not torch.equal(found.replicated["y"], found.replicated["again"])
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("family", [FullRank(), MeanField(), bc.Structured()])
+def test_reparametrised_sites_are_values_of_latents(family: Any, outside: bool) -> None:
+    """They belong to the posterior and are no data, and every element of a plate has parameters of its own."""
+    y, sigma = schools.data()
+    config = {"theta": LocScaleReparam(0.0)}
+
+    def inside(y: Tensor, sigma: Tensor) -> None:
+        mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("school", len(y)):
+            with poutine.reparam(config=config):
+                theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    model = poutine.reparam(schools.centered, config=config) if outside else inside
+    program = build(model, None, (y, sigma), family=family)
+    assert [site.name for site in program.structure.latents] == ["mu", "tau", "theta_decentered"]
+    assert [site.name for site in program.structure.observed] == ["y"]
+    found = draw(program, program.initial(), 50, 0, replicate=True)
+    assert set(found.log_likelihood) == set(found.replicated) == {"y"}
+    right = found.latent["mu"][:, None] + found.latent["tau"][:, None] * found.latent["theta_decentered"]
+    torch.testing.assert_close(found.deterministic["theta"], right)
+    assert (found.latent["theta_decentered"].std(1) > 0).all()
+    exported = from_program(program, program.initial(), num_samples=50)
+    assert "theta" in exported.groups["posterior"]
+    assert "theta" not in exported.groups["observed_data"]

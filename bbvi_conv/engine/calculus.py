@@ -15,19 +15,21 @@ from torch.utils._pytree import tree_map
 from bbvi_conv.engine.compiled_map import CompiledMap, compiled_where_it_pays, filled
 from bbvi_conv.engine.streams import Feed, Stream
 from bbvi_conv.objectives.objective import Objective
-from bbvi_conv.program.aten_graph import Untraceable, simplified
+from bbvi_conv.program.aten_graph import Untraceable
 from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.graphs import widest
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 from bbvi_conv.program.terms import Terms
-from bbvi_conv.program.trace import LogWeights, TracedLogWeights, over_draws
+from bbvi_conv.program.trace import LogWeights, TracedLogWeights, over_draws, simplified
 
 CHUNK = 20_000_000
 """Numbers a vectorised evaluation may hold per parameter-sized array."""
 LANES, VECTORS = (8, 32, 128, 256), (1, 2, 8, 32)
 """Evaluations, and vectors of a curvature product, in one call of a mapped graph: few choices, each a graph."""
+HANDLED = 20_000_000
+"""Numbers that graphs compute in the time, some milliseconds, of a run of a program by Pyro's handlers."""
 WORTH = 2**20
 """Numbers in an array from which more evaluations in one call gain nothing: torch's own work is then the cost."""
 
@@ -107,6 +109,12 @@ class Calculus:
     def runs(self) -> int:
         """Runs of the program in one evaluation: every draw once per stratum."""
         return self.objective.draws * self.program.strata
+
+    @property
+    def work(self) -> int:
+        """Numbers that one evaluation computes in all; by Pyro's handlers it takes as long as so many."""
+        one = self.log_weights.work if isinstance(self.log_weights, TracedLogWeights) else HANDLED
+        return self.runs * one
 
     # ---- one evaluation ----
 

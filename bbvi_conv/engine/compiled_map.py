@@ -10,9 +10,9 @@ from torch.fx import GraphModule
 
 from bbvi_conv.engine.native import CannotCompile, NativeLoop, NoCompiler
 from bbvi_conv.engine.workers import Workers
-from bbvi_conv.program.aten_graph import Untraceable, simplified
+from bbvi_conv.program.aten_graph import Untraceable
 from bbvi_conv.program.graphs import CONVOLUTIONS, reordered, widths
-from bbvi_conv.program.trace import over_draws
+from bbvi_conv.program.trace import over_draws, simplified
 
 REPAYS = 5_000_000_000
 """Numbers that all evaluations together compute, from which convolutions are compiled. Each costs 0.4 ns less on two

@@ -14,12 +14,12 @@ from torch.fx import GraphModule
 from bbvi_conv.engine.calculus import Calculus
 from bbvi_conv.engine.streams import Stream
 from bbvi_conv.optim import Average, Optimiser, empty_average, include
-from bbvi_conv.program.aten_graph import Untraceable, simplified
+from bbvi_conv.program.aten_graph import Untraceable
 from bbvi_conv.program.graph_module import WrittenLate
 from bbvi_conv.program.graphs import has_products, round_products, simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
-from bbvi_conv.program.trace import over_draws
+from bbvi_conv.program.trace import over_draws, simplified
 
 
 class Carry(NamedTuple):

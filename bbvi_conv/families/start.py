@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pyro
 import torch
+from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -34,8 +37,16 @@ def start(site: Any = None) -> Any:
         transform = biject_to(fn.support)
         shape = transform.inverse_shape(fn.shape())
         value = transform(torch.zeros(shape))
-        value._pyro_custom_init = False  # type: ignore[attr-defined]
+    value = value.expand(_whole(site["fn"]))  # a view of its own, on which Pyro's mark of a start can be set
+    value._pyro_custom_init = False  # type: ignore[attr-defined]
     return value
+
+
+def _whole(fn: Any) -> torch.Size:
+    """The shape of a draw of a site in all plates around it; a site that is reparametrised does not know them yet."""
+    around = [one for one in _PYRO_STACK if isinstance(one, pyro.plate) and one.dim is not None]
+    batch = broadcast_shape(fn.batch_shape, *((one.subsample_size, *(1,) * (-one.dim - 1)) for one in around))
+    return torch.Size((*batch, *fn.event_shape))
 
 
 def moments(site: Any, draws: Mapping[str, Tensor], shape: torch.Size) -> tuple[Tensor, Tensor] | None:

@@ -62,6 +62,11 @@ def half_norm(gradients: Tensor, matrix: Tensor, name: str, *, level: float = 0.
         name: what A is, for the reason when it is not positive definite.
         level: coverage of the interval.
     """
+    if not bool(torch.isfinite(matrix).all()):
+        return unavailable(
+            f"{name} is not finite: torch's second derivative of some operation is not, as that of logaddexp or "
+            "logsumexp at minus infinity; put a large finite number in its place"
+        )
     factor, info = torch.linalg.cholesky_ex(matrix.to(torch.float64))
     if int(info) != 0 or not bool(torch.isfinite(factor).all()):
         return unavailable(f"{name} is not positive definite here")

@@ -50,11 +50,16 @@ WIDE = 20_000
 """Width beyond which each evaluation is dear: looks are sparser, and curvature is asked for only when it can decide."""
 
 
+DEEP = 40
+"""Operations on every number that an evaluation is taken to need; one that needs more is wider by as much."""
+
+
 def width(calculus: Calculus) -> int:
     """Numbers that one evaluation works on: parameters, noise of all draws, or the batch for all draws."""
     program, draws = calculus.program, calculus.runs
     _, batch = program.example()
-    return max(sum(program.sizes), draws * sum(program.layout), draws * sum(a.numel() for a in batch.args), 1)
+    read = draws * sum(a.numel() for a in batch.args)
+    return max(sum(program.sizes), draws * sum(program.layout), read, calculus.work // DEEP, 1)
 
 
 class Effort(NamedTuple):

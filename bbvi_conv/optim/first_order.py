@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bbvi_conv.optim.step_sizes import InverseSqrt, StepSize, number, positive
+from bbvi_conv.optim.step_sizes import InverseSqrt, StepSize, number, positive, rule
 
 
 class Optimiser(Protocol):
@@ -50,17 +50,18 @@ class SGD:
     r"""Stochastic gradient descent :math:`x_n = x_{n-1} - \gamma_n G_n`.
 
     Args:
-        step_size: :math:`\gamma_n`.
+        step_size: :math:`\gamma_n`: a rule, or a number that stays.
         max_norm: length to which longer gradients are cut first; None: none is.
 
     Raises:
-        ValueError: if ``max_norm`` is not positive and finite.
+        ValueError: if ``step_size`` is neither a rule nor a positive number, or ``max_norm`` not positive and finite.
     """
 
-    step_size: StepSize = field(default_factory=lambda: InverseSqrt(0.01))
+    step_size: StepSize | float = field(default_factory=lambda: InverseSqrt(0.01))
     max_norm: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "step_size", rule(self.step_size))
         if self.max_norm is not None:
             positive("max_norm", self.max_norm)
 
@@ -72,7 +73,7 @@ class SGD:
         self, grad: Tensor, state: tuple[Tensor, ...], x: Tensor, n: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One step downhill."""
-        return x - self.step_size(n) * shortened(grad, self.max_norm), state
+        return x - rule(self.step_size)(n) * shortened(grad, self.max_norm), state
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Adam:
               x_n = x_{n-1} - \gamma_n \frac{m_n / (1-\beta_1^n)}{\sqrt{v_n / (1-\beta_2^n)} + \epsilon}
 
     Args:
-        step_size: :math:`\gamma_n`.
+        step_size: :math:`\gamma_n`: a rule, or a number that stays.
         beta1, beta2: :math:`\beta_1, \beta_2`.
         eps: :math:`\epsilon`.
         max_norm: length to which longer gradients are cut first; None: none is.
@@ -91,16 +92,18 @@ class Adam:
     Reference: Kingma and Ba (2015), https://arxiv.org/abs/1412.6980
 
     Raises:
-        ValueError: if a beta lies outside [0, 1), ``eps`` or ``max_norm`` is not positive and finite.
+        ValueError: if ``step_size`` is neither a rule nor a positive number, a beta lies outside [0, 1), or ``eps`` or
+            ``max_norm`` is not positive and finite.
     """
 
-    step_size: StepSize = field(default_factory=lambda: InverseSqrt(0.1))
+    step_size: StepSize | float = field(default_factory=lambda: InverseSqrt(0.1))
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     max_norm: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "step_size", rule(self.step_size))
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             if not 0 <= beta < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {beta}")
@@ -121,4 +124,4 @@ class Adam:
         v = self.beta2 * state[1] + (1 - self.beta2) * grad * grad
         debiased = (v / (1 - torch.exp(n * math.log(self.beta2)))).sqrt() if self.beta2 > 0 else v.sqrt()
         mean = m / (1 - torch.exp(n * math.log(self.beta1))) if self.beta1 > 0 else m
-        return x - self.step_size(n) * mean / (debiased + self.eps), (m, v)
+        return x - rule(self.step_size)(n) * mean / (debiased + self.eps), (m, v)

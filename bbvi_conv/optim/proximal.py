@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bbvi_conv.optim.scales import Scales, unbound
-from bbvi_conv.optim.step_sizes import InverseSqrt, StepSize
+from bbvi_conv.optim.step_sizes import InverseSqrt, StepSize, rule
 
 
 def prox_minus_log(s: Tensor, weight: Tensor | float) -> Tensor:
@@ -33,7 +33,7 @@ class ProximalSGD:
     pathwise one by a zero-mean control variate, which stays: hence ``control_variate``.
 
     Args:
-        step_size: rule for :math:`\gamma_n`.
+        step_size: :math:`\gamma_n`: a rule, or a number that stays.
         control_variate: whether the objective's estimator is sticking-the-landing.
         scales: where they lie and c; filled in by a fit.
 
@@ -41,11 +41,14 @@ class ProximalSGD:
     https://arxiv.org/abs/2306.03638
     """
 
-    step_size: StepSize = field(default_factory=lambda: InverseSqrt(0.01))
+    step_size: StepSize | float = field(default_factory=lambda: InverseSqrt(0.01))
     control_variate: bool = False
     scales: Scales | None = field(default=None, repr=False)
 
     needs_scales = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "step_size", rule(self.step_size))
 
     def bind(self, scales: Scales) -> ProximalSGD:
         """The same optimiser, told where the scales lie."""
@@ -61,6 +64,6 @@ class ProximalSGD:
         """One step along the energy gradient, then the proximal map of the entropy."""
         if self.scales is None:
             raise unbound("ProximalSGD")
-        size, weight = self.step_size(n), self.scales.entropy
+        size, weight = rule(self.step_size)(n), self.scales.entropy
         energy = self.scales.change(lambda g, s: g + weight / s, grad, x)
         return self.scales.change(lambda s: prox_minus_log(s, size * weight), x - size * energy), state

@@ -23,6 +23,23 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def rule(step_size: StepSize | float) -> StepSize:
+    """A rule as users give it: a number is a constant step size.
+
+    Raises:
+        ValueError: if it is neither a rule nor a positive number.
+
+    Example:
+        >>> rule(0.01)
+        Constant(size=0.01)
+    """
+    if isinstance(step_size, int | float):
+        return Constant(float(step_size))
+    if not callable(step_size):
+        raise ValueError(f"step_size must be a rule such as Constant(0.001), or a number, got {step_size!r}")
+    return step_size
+
+
 def number(value: float, like: Tensor) -> Tensor:
     """A scalar tensor beside another one. Compiled code takes such a number as an input, and serves for any other."""
     dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()

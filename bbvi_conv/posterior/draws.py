@@ -221,16 +221,23 @@ class _Sampler:
                 layout, complete = tape.used, not tape.untaped
             more = layout.draw(replication, len(noise.normal), dtype=program.dtype)
             moving, shapes = [*noise, *more], tuple(f.shape for f in fixed)
-            if shapes not in self.graphs:
-                trace = complete and not self.beside and not program.obstacles
-                self.graphs[shapes] = Mapped(function, moving, fixed, trace=trace)
             try:
-                return self.graphs[shapes](moving, fixed)
+                return self._mapped(function, moving, fixed, shapes, random=not complete)
             except TapeEnds:  # a distribution that draws until something fits
                 if self.beside:
                     raise
             self.beside = True
-            return Mapped(function, moving, fixed, trace=False)(moving, fixed)
+            self.graphs.clear()
+            return self._mapped(function, moving, fixed, shapes, random=True)
+
+    def _mapped(
+        self, function: Function, moving: list[Tensor], fixed: list[Tensor], shapes: tuple[Any, ...], *, random: bool
+    ) -> dict[str, Tensor]:
+        """The function's values for every draw, by a graph that is kept for parts of these shapes."""
+        if shapes not in self.graphs:
+            trace, random = not self.program.obstacles, random or self.beside
+            self.graphs[shapes] = Mapped(function, moving, fixed, trace=trace, random=random)
+        return self.graphs[shapes](moving, fixed)
 
 
 def _values(trace: Trace, names: Iterable[str]) -> dict[str, Tensor]:
@@ -245,6 +252,7 @@ class Mapped:
         moving: example tensors with S in front.
         fixed: example tensors passed as they are.
         trace: whether to try a graph at all.
+        random: whether it draws from torch's generator as well.
         runs: draws that are expected in all; None: those of ``moving``. Where they repay it the graph is compiled.
     """
 
@@ -255,6 +263,7 @@ class Mapped:
         fixed: Sequence[Tensor],
         *,
         trace: bool,
+        random: bool = False,
         runs: int | None = None,
     ) -> None:
         self.names: list[str] = []
@@ -269,11 +278,12 @@ class Mapped:
         if trace:
             with suppress(RuntimeError):  # whatever a graph or vmap cannot do, a loop can
                 example = [*(m[0].clone() for m in moving), *(f.clone() for f in fixed)]
-                graph = simplify(to_graph(flat, *example))
-                vectorised = over_draws(graph, flags, vectorise=True)
+                graph = simplify(to_graph(flat, *example, random=random))
+                vectorised = over_draws(graph, flags, vectorise=True, randomness="different" if random else "error")
                 vectorised(*(m[:2] for m in moving), *fixed)
                 self.call, self.piece = vectorised, max(1, MEMORY // max(1, sum(widths(graph))))
-                compiled = compiled_where_it_pays(graph, example, flags, runs or len(moving[0]), lanes=LANES)
+                draws = 0 if random else runs or len(moving[0])
+                compiled = compiled_where_it_pays(graph, example, flags, draws, lanes=LANES)
                 if compiled is not None:
                     self.call, self.piece = compiled, max(self.piece, PIECE)
 

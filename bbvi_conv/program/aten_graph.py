@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
-from bbvi_conv.program.faithful import differing
 from bbvi_conv.program.graph_module import Kind, constant
-from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.tracer import trace
 
 
@@ -49,13 +46,16 @@ has ``aten.index_put`` with a mask, as left by ``x[mask] = 0``; and torch import
 its zero tensors without memory, which second derivatives leave."""
 
 
-def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = True) -> GraphModule:
+def to_graph(
+    function: Callable[..., Any], *example: Tensor, functional: bool = True, random: bool = False
+) -> GraphModule:
     """Trace a function of tensors, returning tensors, into ATen operations without mutation.
 
     Args:
         function: what to trace.
         example: tensors of the right shapes.
         functional: take mutation out; not needed for a function made of such graphs.
+        random: let random operations stay in the graph, which then draws from torch's generator.
 
     Raises:
         Untraceable: if Python's flow or a shape depends on values, or a random operation remains.
@@ -72,37 +72,18 @@ def to_graph(function: Callable[..., Any], *example: Tensor, functional: bool = 
         if _shape_varies(node, varying):
             raise Untraceable(f"the shape of a result depends on values, as with a boolean mask ({node.target})")
         tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags:
+        if torch.Tag.nondeterministic_seeded in tags and not random:
             raise Untraceable(f"random operation {node.target} is not on the noise tape")
         if node.op == "call_function":
             _fix_dtype(node)
             _fix_promotion(graph, node)
             _fix_ends(node)
             _fix_masks(graph, node)
+            _fix_counts(graph, node)
             if node.target is _aten.view.default:  # what is one block of memory here may not be under vmap
                 node.target = _aten.reshape.default
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return graph
-
-
-def simplified(function: Callable[..., Any], *example: Tensor) -> GraphModule:
-    """A simpler graph of a function made of graphs, run once: it has to give what the function gave.
-
-    Raises:
-        Untraceable: as :func:`to_graph`, or where it does not.
-    """
-    made: list[Any] = []
-
-    def noted(*given: Tensor) -> Any:
-        made.append(function(*given))
-        return made[-1]
-
-    graph = simplify(to_graph(noted, *example, functional=False))
-    with torch.no_grad():
-        found, right = ([part.detach() for part in tree_leaves(given)] for given in (graph(*example), made[-1]))
-    if differing([found[0], *found], [right[0], *right]):  # which takes the first for the whole
-        raise Untraceable("its graph does not give what it was made from, which is a fault of this library's")
     return graph
 
 
@@ -170,6 +151,18 @@ def _fix_promotion(graph: GraphModule, node: Node) -> None:
             cast = graph.graph.call_function(_aten._to_copy.default, (source,), {"dtype": kind.dtype})
         cast.meta["tensor_meta"] = old._replace(dtype=kind.dtype)
         node.replace_input_with(source, cast)
+
+
+def _fix_counts(graph: GraphModule, node: Node) -> None:
+    """Give a binomial counts of the shape of its probabilities: under ``vmap`` torch warns of others."""
+    if node.target is not _aten.binomial.default:
+        return
+    counts, chances = node.all_input_nodes
+    with graph.graph.inserting_before(node):
+        zero = graph.graph.call_function(_aten.mul.Tensor, (chances, 0))
+        whole = graph.graph.call_function(_aten.add.Tensor, (counts, zero))
+    zero.meta["tensor_meta"] = whole.meta["tensor_meta"] = chances.meta["tensor_meta"]
+    node.replace_input_with(counts, whole)
 
 
 _SLICES = {_aten.slice.Tensor: 1, _aten.slice_scatter.default: 2, _aten.slice_backward.default: 2}

@@ -121,12 +121,12 @@ def batched(
             elif group.terms:
                 known.alone[first] = known.total(group.terms)
             elif len(group.nodes) == 1:
-                known.alone[first] = _call(first, *map(known.of, inputs(first)))
+                known.alone[first] = call(first, *map(known.of, inputs(first)))
             else:
                 columns = list(zip(*map(inputs, group.nodes), strict=True))
                 shared = [len(set(column)) == 1 for column in columns]
                 args = [known.of(c[0]) if same else known.beside(c) for c, same in zip(columns, shared, strict=True)]
-                found = vectorised(functools.partial(_call, first), [not same for same in shared])(*args)
+                found = vectorised(functools.partial(call, first), [not same for same in shared])(*args)
                 if isinstance(found, Tensor):
                     known.keep(group.nodes, found)
                     continue
@@ -165,7 +165,7 @@ class _Values:
             elif node.target not in VIEWS:
                 raise RuntimeError(f"{node} is asked for before it has run")
             else:  # which nobody had to compute
-                self.alone[node] = _call(node, *map(self.of, inputs(node)))
+                self.alone[node] = call(node, *map(self.of, inputs(node)))
         return self.alone[node]
 
     def beside(self, nodes: Sequence[Node]) -> Tensor:
@@ -206,7 +206,7 @@ def inputs(node: Node) -> tuple[Node, ...]:
     return tuple(found)
 
 
-def _call(node: Node, *given: Tensor) -> Tensor:
+def call(node: Node, *given: Tensor) -> Tensor:
     """The node's operation on other inputs."""
     rest = iter(given)
     args, kwargs = map_arg((node.args, node.kwargs), lambda _: next(rest))
@@ -220,7 +220,7 @@ def _round(loop: Recursion) -> Callable[..., tuple[Tensor, ...]]:
     def run(*given: Tensor) -> tuple[Tensor, ...]:
         known = list(given)
         for node, reads in zip(loop.rounds[0], loop.reads, strict=True):
-            known.append(_call(node, *(known[number] for number in reads)))
+            known.append(call(node, *(known[number] for number in reads)))
         return tuple(known[number] for number in (*loop.carries, *(len(given) + place for place in loop.gives)))
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -39,7 +40,9 @@ def called_modules(device: torch.device) -> Iterator[list[CalledModule]]:
 
     handle = register_module_forward_pre_hook(hook)
     try:
-        yield called
+        with warnings.catch_warnings():  # of hooks on networks that a user compiled, whose compiled code is not in use
+            warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
+            yield called
     finally:
         handle.remove()
 

@@ -237,8 +237,7 @@ def _build(
         with random_state(device, seed), quiet_pyro(None, dtype, device):
             made = guide if guide is not None else family(without_discrete(model))  # type: ignore[misc]
         store = pyro.get_param_store().get_state() if loop else {"params": {}, "constraints": {}}
-        with of_size or nullcontext():
-            return _eager_pass(model, made, args, kwargs, minibatch, rows, dtype, device, seed, store)
+        return _eager_pass(model, made, args, kwargs, minibatch, rows, of_size, dtype, device, seed, store)
 
     fed = _fed(attempt, args, minibatch, loop, device)
     own_rows = _own_rows((fed.eager.guide_trace, fed.eager.model_trace), minibatch)
@@ -285,6 +284,7 @@ def _fed(
     total, rows = _rows(args, minibatch), torch.arange(minibatch.size, device=device)
     eager, by_index = _with_minibatch(attempt, args, minibatch, total, rows)
     _check_local_latents(eager, minibatch, by_index)
+    _check_rows_lie_in_plate(attempt, eager, args, minibatch, total, rows if by_index else None)
     if by_index:
         return _Fed(eager, Batch(indices=rows), (), total, True)
     batched = tuple(i for i, a in enumerate(args) if _is_row_tensor(a, total))
@@ -327,9 +327,11 @@ def _program(
         own_rows=list(own_rows),
         component_slots=slice(seeding, seeding + eager.guide_used.uniform),
     )
-    if not program.leaves and not program.structure.latents:
+    if not program.leaves:
+        latents = f"{len(program.structure.latents)} latent sites" if program.structure.latents else "no latent site"
         raise ValueError(
-            "the model has no latent site, and neither it nor the guide a parameter: nothing is to be fitted"
+            f"the model has {latents}, and neither it nor the guide a parameter: nothing is to be fitted; make what is "
+            "to be fitted a pyro.param, and call pyro.module(name, module) for a network"
         )
     program.structure = analyse(eager.guide_trace, eager.model_trace, _dependent(program, eager, fed.batch))
     _check_strata(program, eager)
@@ -368,6 +370,7 @@ def _eager_pass(
     kwargs: dict[str, Any],
     minibatch: Minibatch | None,
     rows: Tensor | None,
+    of_size: _OfSize | None,
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
@@ -377,6 +380,7 @@ def _eager_pass(
     with ExitStack() as stack:
         stack.enter_context(random_state(device, seed))
         stack.enter_context(quiet_pyro(store, dtype, device, validate=True))
+        stack.enter_context(of_size or nullcontext())  # Pyro's stack of handlers is one for all threads
         modules = stack.enter_context(called_modules(device))
         stack.enter_context(OnDevice(device))
         if minibatch:
@@ -524,6 +528,53 @@ def _check_plate(eager: _Pass, name: str) -> None:
     if any(f.name == name for trace in traces for s in random_sites(trace) for f in s["cond_indep_stack"]):
         raise ValueError(f'plate {name!r} has no size: write pyro.plate("{name}", len(x)) over the gathered rows')
     raise ValueError(f"the model has no plate {name!r} to subsample; its plates are {sorted(plates) or 'none'}")
+
+
+def _check_rows_lie_in_plate(
+    attempt: Callable[..., _Pass],
+    eager: _Pass,
+    args: tuple[Any, ...],
+    minibatch: Minibatch,
+    total: int,
+    indices: Tensor | None,
+) -> None:
+    """Refuse a site that holds the rows of a batch outside the plate: its density would not be scaled by N/B.
+
+    Such a site has another shape where a batch has other rows.
+    """
+
+    def shapes(found: _Pass) -> dict[tuple[str, str], tuple[torch.Size, torch.Size]]:
+        """Of the sites outside the plate: the shapes of value and density."""
+        traces = {"guide": found.guide_trace, "model": found.model_trace}
+        return {
+            (where, site["name"]): (site["value"].shape, site["log_prob"].shape)
+            for where, trace in traces.items()
+            for site in random_sites(trace)
+            if all(frame.name != minibatch.plate for frame in site["cond_indep_stack"])
+        }
+
+    size, here = minibatch.size, shapes(eager)
+    if not any(size in shape for both in here.values() for shape in both) or total == 1:
+        return
+    other = size - 1 if size > 1 else 2
+    rows = torch.arange(other)
+    given = args if indices is not None else tuple(a[:other] if _is_row_tensor(a, total) else a for a in args)
+    whole = other if indices is None else total
+    try:
+        there = shapes(
+            attempt(
+                given, rows.to(indices.device) if indices is not None else None, _OfSize(minibatch.plate, whole, other)
+            )
+        )
+    except (_OtherSize, IndexError, RuntimeError, ValueError):  # a model written for batches of one size
+        return
+    for (where, name), kinds in here.items():
+        if there.get((where, name), kinds) != kinds:
+            raise ValueError(
+                f"site {name!r} of the {where} holds the {size} rows of a batch and lies outside plate "
+                f"{minibatch.plate!r}, so that it would not be scaled to all {total:,} rows: write it inside "
+                f'"with pyro.plate(...)" of that name, a dimension for the rows on the left of those of .to_event()'
+            )
 
 
 def _own_rows(traces: Sequence[Trace], minibatch: Minibatch | None) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _with_gaps(program: Program) -> list[Batch]:
 
 @contextmanager
 def with_gaps(told: str) -> Iterator[None]:
-    """Add to whatever goes wrong what was ``told`` of the data, which may be why.
+    """Say of whatever goes wrong first what was ``told`` of the data, which may be why.
 
     Raises:
         ValueError: with both.
@@ -133,7 +133,8 @@ def with_gaps(told: str) -> Iterator[None]:
     except Exception as error:
         if not told or told in str(error):
             raise
-        raise ValueError(f"{error} ({told})") from error
+        first = str(error).split("\n")[0].split(", but found invalid values")[0]
+        raise ValueError(f"{told} ({type(error).__name__}: {first})") from error
 
 
 def _parameters(program: Program, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

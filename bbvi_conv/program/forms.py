@@ -34,6 +34,13 @@ def _entry(x: Tensor, index: Any) -> Any:
     return x[tuple(i.reshape(1) for i in parts)].squeeze(0)
 
 
+def _one_hot(x: Tensor, num_classes: int = -1) -> Any:
+    """Of so many classes: torch would ask for the values first, to see whether they lie inside."""
+    if num_classes < 1 or x.dtype is not torch.int64:
+        return NotImplemented
+    return (x.unsqueeze(-1) == torch.arange(num_classes, device=x.device)).to(torch.int64)
+
+
 class SafeLog:
     """In place of Pyro's autograd function of that name: the gradient of log x is at most 1 / eps, the value untouched.
 
@@ -62,6 +69,7 @@ def _lstm(*args: Any) -> Any:
 
 FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.binary_cross_entropy_with_logits: _cross_entropy,
+    functional.one_hot: _one_hot,
     torch.lstm: _lstm,
     Tensor.__getitem__: _entry,
     Tensor.masked_fill_: _fill,

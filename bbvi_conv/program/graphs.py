@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ _FILLS = {_aten.fill_.Scalar: _aten.full_like.default, _aten.zero_.default: _ate
 CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)
 PRODUCTS = (*(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default), *CONVOLUTIONS)
 """Products of matrices, and convolutions."""
+
+_FACTORS = ("aten::linalg_", "aten::_linalg_", "aten::cholesky", "aten::triangular_solve", "aten::lu_")
 
 NARROW = 64
 """Columns up to which a tall constant matrix is kept columns first: its rows then fill whole vectors."""
@@ -109,6 +112,17 @@ def reordered(graph: GraphModule, order: Sequence[int]) -> GraphModule:
     return WrittenLate(graph, inner)
 
 
+def is_dear(node: Node) -> bool:
+    """Whether a node is a product of matrices, a convolution, a factorization or a solution of linear equations."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    return node.target in (*PRODUCTS, _aten.mv.default) or name.startswith(_FACTORS)
+
+
+def result_of(node: Node) -> Node:
+    """Of one of several results of an operation that operation, else the node itself."""
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+
+
 def lift(graph: GraphModule, *, numbers: bool) -> tuple[GraphModule, list[Tensor]]:
     """The graph with its constant tensors as further inputs, after the others; and these, each in memory of its own.
 
@@ -177,7 +191,7 @@ def simplify(graph: GraphModule, *, differentiable: bool = False) -> GraphModule
     for node in graph.graph.nodes:
         if node.target in _VIEWS:  # of what may no longer be one block of memory
             node.target = _aten.reshape.default
-        _give_anew(node)
+        give_anew(node)
     unsteady, pieces = overwritten(graph), Pieces()
     fold(graph, unsteady)
     seen: dict[Any, Node] = {}
@@ -186,6 +200,8 @@ def simplify(graph: GraphModule, *, differentiable: bool = False) -> GraphModule
         if node.op not in ("call_function", "get_attr"):
             continue
         if node in unsteady or not unsteady.isdisjoint(node.all_input_nodes):  # what it reads may be another later
+            continue
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):  # each draws for itself
             continue
         detached = differentiable and node.target is _aten.detach.default
         same = (None if detached else _same_as(node)) or _turned_back(node, symmetric) or without_lookup(graph, node)
@@ -204,7 +220,7 @@ def simplify(graph: GraphModule, *, differentiable: bool = False) -> GraphModule
     return graph
 
 
-def _give_anew(node: Node) -> None:
+def give_anew(node: Node) -> None:
     """Let an operation that changes what nothing else reads give a result of its own: it then fuses with others."""
     source = node.args[0] if node.args else None
     if not changes(node) or not isinstance(source, Node) or len(source.users) > 1 or not is_fresh(source):

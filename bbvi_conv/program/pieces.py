@@ -50,12 +50,12 @@ class Pieces:
     def of(self, node: Node) -> Entries | None:
         """The entries that a node is of the one it comes from by views; None where that is large or no tensor."""
         pending = [node]
-        while pending[-1] not in self._known and pending[-1].target in VIEWS:
+        while pending[-1] not in self._known and _is_view(pending[-1]):
             pending.append(pending[-1].args[0])  # type: ignore[arg-type]
         for one in reversed(pending):
             if one in self._known:
                 continue
-            if one.target in VIEWS:
+            if _is_view(one):
                 source, places = self._known[one.args[0]]  # type: ignore[index]
                 self._known[one] = source, one.target(places, *one.args[1:], **one.kwargs)  # type: ignore[operator]
             else:
@@ -65,6 +65,11 @@ class Pieces:
                 self._known[one] = one, torch.arange(kind.shape.numel()).reshape(kind.shape)
         source, places = self._known[node]
         return Entries(source, places) if isinstance(places, Tensor) else None
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a node gives entries of its first argument, and not one of several results of something else."""
+    return node.target in VIEWS and (node.target is not operator.getitem or node.args[0].target in VIEWS)  # type: ignore[union-attr]
 
 
 class Step(NamedTuple):

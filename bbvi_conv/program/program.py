@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -120,6 +121,8 @@ def quiet_pyro(
         stack.callback(torch.set_default_dtype, before)
         torch.set_default_dtype(dtype)
         stack.enter_context(by_default(device))
+        if "torch._dynamo" in sys.modules:  # networks that the user compiled run as they were written
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
@@ -142,8 +145,18 @@ def _bad(site: dict[str, Any]) -> str:
 
 
 def anew(trace: Trace) -> Trace:
-    """The same values as new tensors: a distribution that remembers its own draw must not recognise them."""
-    return revalued(trace, Tensor.clone)
+    """The same values as new tensors: a distribution that remembers its own draw must not recognise them.
+
+    The numbers that a straight-through draw was rounded from stay with it.
+    """
+
+    def clone(value: Tensor) -> Tensor:
+        new = value.clone()
+        if hasattr(value, "_unquantize"):
+            new._unquantize = value._unquantize  # type: ignore[attr-defined]
+        return new
+
+    return revalued(trace, clone)
 
 
 class Program:

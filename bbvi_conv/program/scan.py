@@ -10,9 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
-import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,17 +21,20 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from bbvi_conv.program.aten_graph import to_graph
+from bbvi_conv.program.constants import overwritten
 from bbvi_conv.program.device import by_default
 from bbvi_conv.program.graph_module import Kind, WrittenLate
-from bbvi_conv.program.graphs import lift, simplify
+from bbvi_conv.program.graphs import give_anew, is_dear, lift, result_of, simplify, widths
+from bbvi_conv.program.surroundings import surroundings
 from bbvi_conv.program.tracer import tracing
 
 
 class Body(NamedTuple):
     """One round as a graph ``(carry..., x..., fixed...) -> (carry..., y...)`` of flat tensors.
 
-    ``plain`` is a simpler one, without derivatives. ``blocks``, where there are any, run several rounds at once, by how
-    many, most first; each takes rows of the xs and gives what the operation does.
+    ``plain`` is a simpler one, without derivatives. The last ``kept`` of the ys are there for the derivative, which
+    would have to compute them again. ``blocks``, where there are any, run several rounds at once, by how many, most
+    first; each takes rows of the xs and gives what the operation does.
     """
 
     graph: GraphModule
@@ -41,6 +42,7 @@ class Body(NamedTuple):
     carry: int
     moving: int
     results: tuple[tuple[torch.Size, torch.dtype], ...]
+    kept: int = 0
     blocks: tuple[tuple[int, Callable[..., Sequence[Tensor]]], ...] = ()
 
     def pieces(self, length: int) -> Iterator[tuple[int, Callable[..., Sequence[Tensor]] | None]]:
@@ -86,15 +88,17 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, re
         return _by_python(step, carry, xs, length, reverse)
     flat_carry, carry_spec = tree_flatten(carry)
     flat_xs, xs_spec = tree_flatten(xs)
-    fixed, rebind = _free(step)
+    around, others = surroundings(step)
+    # `+ 0` hands a module's parameter to whoever stands in for it: the noise tape answers operations, not names
+    fixed = [t + 0 if isinstance(t, nn.Parameter) else t for t in around]
     y_spec: Any = None
 
     def one(*flat: Tensor) -> tuple[Tensor, ...]:
         nonlocal y_spec
         first, second = len(flat_carry), len(flat_carry) + len(flat_xs)
         given = tree_unflatten(list(flat[:first]), carry_spec), tree_unflatten(list(flat[first:second]), xs_spec)
-        with rebind(flat[second:]) as bound:
-            new, y = bound(*given)
+        with others(flat[second:]):
+            new, y = step(*given)
         _check(carry, new)
         flat_y, y_spec = tree_flatten(y)
         return (*tree_leaves(new), *flat_y)
@@ -114,6 +118,11 @@ def operations(graph: GraphModule) -> tuple[int, int]:
         more, run = operations(body.plain)
         written, made = written + more, made + sum(1 for _ in body.pieces(length)) * run
     return written, made
+
+
+def work(graph: GraphModule) -> int:
+    """Numbers that an evaluation of a graph computes in all, in the rounds of its scans too."""
+    return sum(widths(graph)) + sum(length * work(body.plain) for _, body, length in scans(graph))
 
 
 def scans(graph: GraphModule) -> list[tuple[Node, Body, int]]:
@@ -146,11 +155,11 @@ def _run(
     **how: Any,
 ) -> list[Tensor]:
     """The operation over a function that is traced as :func:`_register` does."""
-    name, constants = _register(function, carry, [x[0] for x in xs], fixed, **how)
+    name, constants, _ = _register(function, carry, [x[0] for x in xs], fixed, **how)
     made: list[Tensor] = torch.ops.bbvi_conv.scan(
         name, carry, [x.contiguous() for x in xs], [*fixed, *constants], reverse
     )
-    return made
+    return made[: len(made) - BODIES[name].kept]
 
 
 def _length(xs: Any) -> int:
@@ -175,45 +184,6 @@ def _check(before: Any, after: Any) -> None:
     kinds = [[(tuple(t.shape), t.dtype) for t in leaves] for leaves in (old, new)]
     if spec != other or kinds[0] != kinds[1]:
         raise ValueError(f"step must keep the carry's shapes and types: it was {kinds[0]}, it became {kinds[1]}")
-
-
-# ---- what a step uses besides its arguments ----
-
-
-def _free(step: Callable[..., Any]) -> tuple[list[Tensor], Callable[..., Any]]:
-    """Tensors of the function around ``step``, and a context manager that gives ``step`` over others in their place."""
-    cells = [cell.cell_contents for cell in getattr(step, "__closure__", None) or ()]
-    found: dict[int, Tensor] = {}
-    for value in cells:
-        for leaf in tree_leaves(value):
-            for tensor in leaf.parameters() if isinstance(leaf, nn.Module) else (leaf,):
-                if isinstance(tensor, Tensor):
-                    found.setdefault(id(tensor), tensor)
-    order = {key: index for index, key in enumerate(found)}
-
-    @contextmanager
-    def rebind(given: Sequence[Tensor]) -> Iterator[Callable[..., Any]]:
-        def new(leaf: Any) -> Any:
-            return given[order[id(leaf)]] if id(leaf) in order else leaf
-
-        modules = {leaf for value in cells for leaf in tree_leaves(value) if isinstance(leaf, nn.Module)}
-        kept = [(owner, name, p) for m in modules for owner in m.modules() for name, p in owner._parameters.items()]
-        try:
-            for owner, name, parameter in kept:
-                if parameter is not None:
-                    owner._parameters[name] = new(parameter)
-            swapped = [types.CellType(tree_map(new, value)) for value in cells]
-            yield (
-                types.FunctionType(step.__code__, step.__globals__, step.__name__, step.__defaults__, tuple(swapped))
-                if swapped and isinstance(step, types.FunctionType)
-                else step
-            )
-        finally:
-            for owner, name, parameter in kept:
-                owner._parameters[name] = parameter
-
-    # `+ 0` hands a module's parameter to whoever stands in for it: the noise tape answers operations, not names
-    return [t + 0 if isinstance(t, nn.Parameter) else t for t in found.values()], rebind
 
 
 # ---- bodies ----
@@ -250,36 +220,87 @@ def _register(
     x: Sequence[Tensor],
     fixed: Sequence[Tensor],
     *,
+    known: int = 0,
     outer: Any = None,
     stops: bool = False,
-) -> tuple[str, list[Tensor]]:
-    """Trace a round on tensors of these shapes; the name of its body, and constants, which are further fixed inputs.
+) -> tuple[str, list[Tensor], list[bool]]:
+    """Trace a round on tensors of these shapes.
 
+    The last ``known`` results of the function are at hand, as further xs, and need not be given.
     ``outer`` holds the tensors of the tracing around a round of the user's own, which may hold mutations as well;
-    ``stops`` keeps what is detached so in every derivative.
+    ``stops`` keeps what is detached so in every derivative, and gives what is dear to compute for it.
+
+    Returns:
+        The name of the body; constants, which are further fixed inputs; and which of those known it reads.
     """
     given = (*carry, *x, *fixed)
     kinds = [Kind.of(t) for t in given]
 
-    def trace() -> tuple[str, list[Tensor]]:
+    def trace() -> tuple[str, list[Tensor], list[bool]]:
         example = [_example(t, kind) for t, kind in zip(given, kinds, strict=True)]
-        graph = to_graph(function, *example, functional=outer is not None)
+        last = [t.detach().clone() for t in function(*example)[-known:]] if known else []
+        graph = to_graph(lambda *flat: function(*flat[: len(given)]), *example, *last, functional=outer is not None)
         for name in {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}:
             if outer is not None and getattr(graph, name) in outer:
                 raise ValueError(
                     "the step of a scan uses a tensor that depends on parameters and is no variable of the function "
                     "around it: pass it in the carry, in xs, or as a local variable"
                 )
+        for node in graph.graph.nodes:
+            give_anew(node)
         _replace_detach(graph, torch.ops.bbvi_conv.stop.default if stops else None)
+        kept = _keep_dear(graph) if stops else 0
+        read = _read_known(graph, known, len(carry) + len(x))
         graph, constants = lift(graph, numbers=False)
-        name = hashlib.sha256(f"{graph.code}\n{kinds}\n{len(carry)} {len(x)}".encode()).hexdigest()[:24]
+        count = len(x) + sum(read)
+        name = hashlib.sha256(f"{graph.code}\n{kinds}\n{len(carry)} {count} {kept}".encode()).hexdigest()[:24]
         if name not in BODIES:
-            made = graph(*example, *constants)
-            BODIES[name] = Body(graph, _plain(graph), len(carry), len(x), tuple((m.shape, m.dtype) for m in made))
-        return name, constants
+            first, second = example[: len(carry) + len(x)], example[len(carry) + len(x) :]
+            used = [t for t, reads in zip(last, read, strict=True) if reads]
+            made = graph(*first, *used, *second, *constants)
+            results = tuple((m.shape, m.dtype) for m in made)
+            BODIES[name] = Body(graph, _plain(graph), len(carry), count, results, kept)
+        return name, constants, read
 
-    found: tuple[str, list[Tensor]] = _apart(trace)
+    found: tuple[str, list[Tensor], list[bool]] = _apart(trace)
     return found
+
+
+def _keep_dear(graph: GraphModule) -> int:
+    """Let a round give what is dear to compute, but what it gives anyway; how many tensors these are."""
+    end = graph.graph.output_node()
+    made = list(end.args[0])  # type: ignore[arg-type]
+    without = overwritten(graph).union(made)
+    dear = [n for n in graph.graph.nodes if is_dear(result_of(n)) and "tensor_meta" in n.meta and n not in without]
+    end.args = ([*made, *dear],)
+    return len(dear)
+
+
+def _read_known(graph: GraphModule, count: int, place: int) -> list[bool]:
+    """Read the last results of a round, so many that are known, where they are used; which of them are.
+
+    They are the last inputs; those that are read take their ``place`` behind the xs, and the others go.
+    """
+    if not count:
+        return []
+    end = graph.graph.output_node()
+    made = list(end.args[0])  # type: ignore[arg-type]
+    end.args = (made[:-count],)
+    inputs, without = graph.graph.find_nodes(op="placeholder"), overwritten(graph)
+    for node, known in zip(made[-count:], inputs[-count:], strict=True):
+        if node.op == "call_function" and node not in without:
+            node.replace_all_uses_with(known)
+    graph.graph.eliminate_dead_code()
+    read, last = [], inputs[place - 1]
+    for known in inputs[-count:]:
+        read.append(bool(known.users))
+        if known.users:
+            last.append(known)
+            last = known
+        else:
+            graph.graph.erase_node(known)
+    graph.recompile()
+    return read
 
 
 def _example(tensor: Tensor, kind: Kind) -> Tensor:
@@ -375,28 +396,36 @@ def _(name: str, carry: list[Tensor], xs: list[Tensor], fixed: list[Tensor], rev
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     name, carry, xs, fixed, reverse = inputs
     ctx.name, ctx.reverse, ctx.sizes = name, reverse, (len(carry), len(xs), len(fixed))
-    ctx.save_for_backward(*carry, *output[len(carry) : 2 * len(carry)], *xs, *fixed)
-    ctx.set_materialize_grads(True)
+    ctx.save_for_backward(*carry, *xs, *fixed, *output)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grads: Any) -> Any:
     """The scan of the rounds' transposed derivatives, in the other direction."""
-    name, (carried, moving, _) = ctx.name, ctx.sizes
-    saved = list(ctx.saved_tensors)
-    start, before, saved = saved[:carried], saved[carried : 2 * carried], saved[2 * carried :]
-    xs, fixed = saved[:moving], saved[moving:]
-    grads = [_zeros_if_none(g, o) for g, o in zip(grads, _outputs(name, start, xs), strict=True)]
-    d_last, d_before, d_ys = grads[:carried], grads[carried : 2 * carried], grads[2 * carried :]
+    saved = iter(ctx.saved_tensors)
+    start, xs, fixed = ([next(saved) for _ in range(size)] for size in ctx.sizes)
+    carried, moving, _ = ctx.sizes
+    made = list(saved)
+    last, before, ys = made[:carried], made[carried : 2 * carried], made[2 * carried :]
+    after = [
+        torch.cat([end[None], rows[:-1]] if ctx.reverse else [rows[1:], end[None]])
+        for end, rows in zip(last, before, strict=True)
+    ]
+    known = [*ys, *after]
+    d_last, d_rows = grads[:carried], grads[carried:]
     lives = [_is_float(t) for t in (*start, *xs, *fixed)]
     d_fixed = [torch.zeros_like(f) for f in fixed if _is_float(f)]
-    back, constants = _transposed(name, start, xs, fixed)
-    live_last = [d for d, c in zip(d_last, start, strict=True) if _is_float(c)]
-    live_before = [d for d, c in zip(d_before, start, strict=True) if _is_float(c)]
-    live_ys = [d for d in d_ys if _is_float(d)]
+    back, constants, read = _transposed(ctx.name, start, xs, fixed, [d is not None for d in d_rows])
+    live_last = [torch.zeros_like(c) if d is None else d for d, c in zip(d_last, start, strict=True) if _is_float(c)]
     made = torch.ops.bbvi_conv.scan(
         back,
         [*live_last, *d_fixed],
-        [*before, *xs, *(d.contiguous() for d in (*live_before, *live_ys))],
+        [
+            *before,
+            *xs,
+            *(d.contiguous() for d in d_rows if d is not None),
+            *(rows for rows, reads in zip(known, read, strict=True) if reads),
+        ],
         [*fixed, *constants],
         not ctx.reverse,
     )
@@ -410,38 +439,34 @@ def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point()
 
 
-def _zeros_if_none(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad
-
-
-def _outputs(name: str, carry: Sequence[Tensor], xs: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of the shapes of the results."""
-    length, body = len(xs[0]), BODIES[name]
-    ys = [torch.empty((length, *s), dtype=d, device=carry[0].device) for s, d in body.results[body.carry :]]
-    return [*carry, *(c.new_empty((length, *c.shape)) for c in carry), *ys]
-
-
 def _transposed(
-    name: str, carry: Sequence[Tensor], xs: Sequence[Tensor], fixed: Sequence[Tensor]
-) -> tuple[str, list[Tensor]]:
-    """The body ``(d carry, sum of d fixed | carry, x, d carry kept, d y | fixed) -> (d carry, sum | d x)``."""
+    name: str, carry: Sequence[Tensor], xs: Sequence[Tensor], fixed: Sequence[Tensor], has: Sequence[bool]
+) -> tuple[str, list[Tensor], list[bool]]:
+    """The body ``(d carry, sum of d fixed | carry, x, d before, d y, y, after | fixed) -> (d carry, sum | d x)``.
+
+    ``has`` tells which of the carries before the rounds, and of the ys, have a derivative; what is returned last, which
+    of the ys and of the carries after the rounds it reads.
+    """
     body = BODIES[name]
     counts = len(carry), len(xs)
-    ys = [(shape, dtype) for shape, dtype in body.results[body.carry :] if dtype.is_floating_point]
+    kinds = [*((c.shape, c.dtype) for c in carry), *body.results[body.carry :]]
+    given = [kind for kind, there in zip(kinds, has, strict=True) if there]
 
     def function(*flat: Tensor) -> tuple[Tensor, ...]:
         rest = iter(flat)
         d_carry = [next(rest) for c in carry if _is_float(c)]
         sums = [next(rest) for f in fixed if _is_float(f)]
         state, x = [next(rest) for _ in carry], [next(rest) for _ in xs]
-        d_kept = [next(rest) for c in carry if _is_float(c)]
-        d_y = [next(rest) for _ in ys]
+        derivatives = [next(rest) if there else None for there in has]
+        d_kept, d_y = derivatives[: len(carry)], derivatives[len(carry) :]
         inputs = [*state, *x, *rest]
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_() if _is_float(t) else t for t in inputs]
-            outputs = [o for o in body.graph(*inputs) if _is_float(o)]
+            outputs = body.graph(*inputs)
             live = [t for t in inputs if _is_float(t)]
-            pairs = [(o, d) for o, d in zip(outputs, [*d_carry, *d_y], strict=True) if o.requires_grad]
+            new = (o for o in outputs[: len(carry)] if _is_float(o))
+            of_outputs = [*zip(new, d_carry, strict=True), *zip(outputs[len(carry) :], d_y, strict=True)]
+            pairs = [(o, d) for o, d in of_outputs if d is not None and o.requires_grad]
             found = (
                 torch.autograd.grad(
                     [o for o, _ in pairs],
@@ -457,18 +482,18 @@ def _transposed(
         by_input = iter(found)
         got = [next(by_input) if _is_float(t) else None for t in inputs]
         first, second = counts[0], sum(counts)
-        new = [g + d for g, d in zip((g for g in got[:first] if g is not None), d_kept, strict=True)]
+        back = [(g, d) for g, d in zip(got[:first], d_kept, strict=True) if g is not None]
         added = [s + g for s, g in zip(sums, (g for g in got[second:] if g is not None), strict=True)]
-        return (*new, *added, *(g for g in got[first:second] if g is not None))
+        made = [*(g if d is None else g + d for g, d in back), *added, *(g for g in got[first:second] if g is not None)]
+        return (*made, *outputs[first:], *outputs[:first])
 
     device = carry[0].device
-    live_carry = [c for c in carry if _is_float(c)]
-    with_y = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in ys]
     return _register(
         function,
-        [*live_carry, *(f for f in fixed if _is_float(f))],
-        [*carry, *(x[0] for x in xs), *live_carry, *with_y],
+        [*(c for c in carry if _is_float(c)), *(f for f in fixed if _is_float(f))],
+        [*carry, *(x[0] for x in xs), *(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in given)],
         fixed,
+        known=len(body.results),
     )
 
 
@@ -496,4 +521,4 @@ def _(
     return made, [*[0] * len(carry), *[1] * (len(made) - len(carry))]
 
 
-__all__ = ["BODIES", "Body", "operations", "repeated", "scan", "scans"]
+__all__ = ["BODIES", "Body", "operations", "repeated", "scan", "scans", "work"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pyro.distributions import GaussianMRF
+from pyro.distributions import Delta, GaussianMRF
 from pyro.distributions.hmm import HiddenMarkovModel
 from pyro.distributions.util import broadcast_shape  # torch's own imports a computer algebra system, half a second
 from pyro.poutine.subsample_messenger import _Subsample
@@ -96,8 +96,15 @@ def is_of_any_length(fn: Any) -> bool:
 
 
 def is_deterministic(site: dict[str, Any]) -> bool:
-    """Whether a trace node is a ``pyro.deterministic`` statement."""
-    return bool(site["infer"].get("_deterministic"))
+    """Whether a trace node is a ``pyro.deterministic`` statement, or a latent that is computed from others.
+
+    As such ``poutine.reparam`` leaves a site: observed, a point mass that does not count.
+    """
+    fn, counts = site["fn"], True
+    while hasattr(fn, "base_dist"):
+        fn, counts = fn.base_dist, counts and getattr(fn, "_mask", None) is not False
+    reparametrised = site["is_observed"] and not counts and isinstance(fn, Delta)
+    return bool(site["infer"].get("_deterministic")) or reparametrised
 
 
 def random_sites(trace: Trace) -> list[dict[str, Any]]:
@@ -272,13 +279,25 @@ def check_site(site: Any) -> None:
             f"{who} has shape {tuple(fn.shape())} in the model, but the guide draws shape {tuple(value.shape)}; "
             "check its plates and .to_event()"
         )
+    batch = value.shape[: value.dim() - len(event)]
     try:
-        broadcast_shape(fn.batch_shape, value.shape[: value.dim() - len(event)])
+        together = broadcast_shape(fn.batch_shape, batch)
     except ValueError:
         raise ValueError(
             f"{who} has batch shape {tuple(fn.batch_shape)}, got a value of shape {tuple(value.shape)}; "
             "check the plate sizes and the data"
         ) from None
+    plates = plates_of(site)
+    sizes = dict.fromkeys(range(-len(together), 0), 1) | {dim: size for _, dim, size in plates}
+    wider = plates and any(size != sizes[dim] and sizes[dim] >= 0 for dim, size in zip(sizes, together, strict=False))
+    if wider or math.prod(together) > max(math.prod(fn.batch_shape), math.prod(batch)):
+        lie = ", ".join(f"{name} of {size}" for name, _, size in plates)
+        raise ValueError(
+            f"{who} has densities of shape {tuple(together)}{f', and lies in plate {lie}' if lie else ''}: a value of "
+            f"shape {tuple(value.shape)} meets a distribution of batch shape {tuple(fn.batch_shape)}, and every number "
+            "of the one would be scored with every of the other; give both one shape, as by y.squeeze(-1) for a "
+            "column, and make further dimensions .to_event()"
+        )
     if site["is_observed"] and (told := not_finite([(f"the data of {who}", value.detach())])):
         raise ValueError(told)
     if support := outside(site):

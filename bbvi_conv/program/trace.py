@@ -20,7 +20,8 @@ from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.scan import repeated
+from bbvi_conv.program.rounds import with_short_rounds
+from bbvi_conv.program.scan import repeated, work
 from bbvi_conv.program.terms import Terms
 
 LogWeights = Callable[..., Terms]
@@ -52,6 +53,11 @@ class TracedLogWeights:
         if batch.indices is not None:
             flat.append(batch.indices)
         return Terms(*self._graphs[joint](*flat))
+
+    @property
+    def work(self) -> int:
+        """Numbers that one run computes in all."""
+        return max(map(work, self._graphs.values()), default=0)
 
     def maps(self, joint: bool) -> bool:
         """Whether ``vmap`` can map the graph over draws of noise."""
@@ -145,10 +151,36 @@ def _check(graph: GraphModule, function: Callable[..., Any], flat: Sequence[Tens
         )
 
 
-def over_draws(function: Callable[..., Any], mapped: Sequence[bool], *, vectorise: bool) -> Callable[..., Any]:
+def simplified(function: Callable[..., Any], *example: Tensor) -> GraphModule:
+    """A simpler graph of a function made of graphs, with short rounds in its scans; run once.
+
+    It has to give what the function gave.
+
+    Raises:
+        Untraceable: as :func:`to_graph`, or where it does not.
+    """
+    made: list[Any] = []
+
+    def noted(*given: Tensor) -> Any:
+        made.append(function(*given))
+        return made[-1]
+
+    graph = simplify(to_graph(noted, *example, functional=False))
+    graph = with_short_rounds(graph, example, functools.partial(over_draws, vectorise=True))
+    with torch.no_grad():
+        found, right = ([part.detach() for part in tree_leaves(given)] for given in (graph(*example), made[-1]))
+    if differing([found[0], *found], [right[0], *right]):  # which takes the first for the whole
+        raise Untraceable("its graph does not give what it was made from, which is a fault of this library's")
+    return graph
+
+
+def over_draws(
+    function: Callable[..., Any], mapped: Sequence[bool], *, vectorise: bool, randomness: str = "error"
+) -> Callable[..., Any]:
     """Map ``function`` over the leading dimension of the ``mapped`` arguments (pytrees of tensors or None).
 
-    By ``torch.vmap``, or by a loop where the program cannot be vectorised. Both give the same values.
+    By ``torch.vmap``, or by a loop where the program cannot be vectorised. Both give the same values; ``randomness`` is
+    what ``torch.vmap`` does about random operations.
     """
 
     def merge(args: Sequence[Any], picked: Iterator[Any]) -> list[Any]:
@@ -158,7 +190,7 @@ def over_draws(function: Callable[..., Any], mapped: Sequence[bool], *, vectoris
         moving = [a for a, m in zip(args, mapped, strict=True) if m]
         if vectorise:  # what is not mapped stays outside, so that the identity of its objects is kept
             with _without_advice():
-                return torch.vmap(lambda *picked: function(*merge(args, iter(picked))))(*moving)
+                return torch.vmap(lambda *picked: function(*merge(args, iter(picked))), randomness=randomness)(*moving)
         count = len(next(x for x in tree_leaves(moving) if x is not None))
         picks = (tree_map(lambda x, i=i: x[i], moving) for i in range(count))
         return tree_map(lambda *xs: torch.stack(xs), *[function(*merge(args, iter(pick))) for pick in picks])

@@ -209,3 +209,12 @@ def test_a_loss_that_is_not_finite_has_no_improvement() -> None:
 def test_units_change_numbers_and_leave_reasons() -> None:
     assert scaled(Estimate(1.0, 0.5, 2.0), 10.0) == Estimate(10.0, 5.0, 20.0)
     assert scaled(unavailable("why"), 10.0) == unavailable("why")
+
+
+def test_curvature_that_is_not_finite_is_told_as_such() -> None:
+    matrix = torch.eye(3)
+    matrix[1, 1] = math.nan
+    found = half_norm(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), matrix, "the matrix")
+    assert found.value is None
+    assert "the matrix is not finite" in found.reason
+    assert "logaddexp" in found.reason

@@ -19,6 +19,7 @@ from bbvi_conv.optim import (
     InverseLinear,
     InverseSqrt,
     Optimiser,
+    ProximalSGD,
     empty_average,
     include,
 )
@@ -149,3 +150,12 @@ def test_updates_are_pure() -> None:
 def test_bad_arguments(make: Callable[[], Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("make", [SGD, Adam, ProximalSGD])
+def test_a_number_is_a_constant_step_size(make: Any) -> None:
+    assert make(0.1) == make(Constant(0.1))
+    assert make(1).step_size == Constant(1.0)
+    for wrong in ("0.1", 0.0, -1.0):
+        with pytest.raises(ValueError, match=r"step.size must be"):
+            make(wrong)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -240,7 +242,9 @@ def fails(x: Tensor, y: Tensor) -> None:
 
 
 def test_an_error_that_gaps_may_have_caused_is_told_with_them() -> None:
-    both = r"out of bounds.* \(positional argument 0 holds nan at index \(2,\) and positional argument 1 holds"
+    both = (
+        r"positional argument 0 holds nan at index \(2,\) and positional argument 1 holds.*IndexError: .*out of bounds"
+    )
     with pytest.raises(ValueError, match=both):
         build(fails, None, (GAPS, GAPS), family=MeanField())
 
@@ -313,3 +317,67 @@ def test_tensors_of_another_dtype() -> None:
     with pytest.raises(ValueError, match=r"does not run in float64 \(.*dtype.*keep their own dtype; cast them"):
         build(regression, None, (X,), family=MeanField(), dtype=torch.float64)
     assert build(regression, None, (X,), family=MeanField()).dtype is torch.float32  # no dtype asked for: one that runs
+
+
+ENCODER = torch.nn.Linear(2, 4)
+ROWS = torch.linspace(-1.0, 1.0, 40).reshape(20, 2)
+
+
+def rows_in_plate(x: Tensor, *, likelihood: bool = True) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        if likelihood:
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+    if not likelihood:
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(2), obs=x)
+
+
+def encoded(x: Tensor, *, plate: bool = True) -> None:
+    pyro.module("encoder", ENCODER)
+    loc, scale = ENCODER(x).chunk(2, -1)
+    with pyro.plate("data", len(x)) if plate else nullcontext():
+        pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(
+    ("model", "guide", "where"), [(False, True, "'x' of the model"), (True, False, "'z' of the guide")]
+)
+def test_rows_of_a_batch_outside_the_plate_would_not_be_scaled(model: bool, guide: bool, where: str, size: int) -> None:
+    run, draw = functools.partial(rows_in_plate, likelihood=model), functools.partial(encoded, plate=guide)
+    with pytest.raises(
+        ValueError, match=f"site {where} holds the {size} rows of a batch and lies outside plate 'data'"
+    ):
+        build(run, draw, (ROWS,), minibatch=Minibatch(size, plate="data"))
+    build(rows_in_plate, encoded, (ROWS,), minibatch=Minibatch(size, plate="data"))
+
+
+def test_a_vector_that_happens_to_be_as_long_as_a_batch_is_no_batch() -> None:
+    def wide(x: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(x @ weights[:2, None], 1.0).to_event(1), obs=x[:, :1])
+
+    build(wide, None, (ROWS,), family=MeanField(), minibatch=Minibatch(4, plate="data"))
+
+
+@pytest.mark.parametrize("plate", [True, False])
+def test_a_column_against_a_vector_is_no_square(plate: bool) -> None:
+    def counts(y: Tensor) -> None:
+        rate = pyro.sample("rate", dist.LogNormal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", 3) if plate else nullcontext():
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    y = torch.tensor([3.0, 1.0, 2.0])
+    build(counts, None, (y,), family=MeanField())
+    with pytest.raises(ValueError, match=r"observed site 'y' has densities of shape \(3, 3\).*squeeze\(-1\)"):
+        build(counts, None, (y[:, None],), family=MeanField())
+
+
+def test_networks_that_nobody_registered_leave_nothing_to_fit() -> None:
+    def draws(x: Tensor) -> None:
+        pyro.sample("a", dist.Normal(0.3, 1.0))
+        pyro.sample("b", dist.LogNormal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"2 latent sites, and neither it nor the guide a parameter.*pyro\.module"):
+        build(model, draws, (X,))

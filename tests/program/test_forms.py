@@ -141,3 +141,11 @@ def test_numbers_filled_in_place_through_a_mask() -> None:
         shared = torch.zeros(1).expand(3).masked_fill_(torch.tensor([True, True, True]), 2.0)
     assert torch.equal(shared, torch.full((3,), 2.0))
     assert slopes[0].abs().sum() > 0
+
+
+def test_one_hot_asks_for_no_values() -> None:
+    y = torch.tensor([[0, 2], [1, 0]])
+    with taped(Tape(None, {})):
+        graph = to_graph(lambda y: (functional.one_hot(y, 3) * 2,), y)
+    assert torch.equal(graph(y.flip(0))[0], functional.one_hot(y.flip(0), 3) * 2)
+    assert FORMS[functional.one_hot](y) is NotImplemented  # as many classes as the values tell

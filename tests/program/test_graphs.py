@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from bbvi_conv.program.aten_graph import Untraceable, simplified, to_graph
+from bbvi_conv.program.aten_graph import Untraceable, to_graph
 from bbvi_conv.program.graphs import lift, simplify
-from bbvi_conv.program.trace import over_draws
+from bbvi_conv.program.trace import over_draws, simplified
 
 
 def fresh(x: Tensor) -> tuple[Tensor, ...]:

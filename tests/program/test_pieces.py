@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bbvi_conv as bc
 from bbvi_conv.program.aten_graph import to_graph
 from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.pieces import taken
@@ -76,3 +77,20 @@ def test_parts_of_too_many_tensors_stay() -> None:
     (put,) = [node for node in graph.graph.nodes if node.target in (aten.stack.default, aten.cat.default)]
     assert len(put.all_input_nodes) == 12
     torch.testing.assert_close(graph(X), apart(X))
+
+
+def test_rows_of_a_scan_put_together_are_those_rows() -> None:
+    """As a loop in Python that became one leaves its results."""
+
+    def listed(x: Tensor) -> tuple[Tensor, ...]:
+        _, rows = bc.scan(lambda s, row: (s + row, s * row), x[0], x)
+        return (torch.stack([rows[t] for t in range(6)] + [rows[0], rows[1]]),)
+
+    def same(x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.stack(list(bc.scan(lambda s, row: (s + row, s * row), x[0], x.repeat(2, 1))[1].unbind(0))),)
+
+    assert aten.stack.default not in {node.target for node in simplify(to_graph(listed, X)).graph.nodes}
+    graph = simplify(to_graph(same, X))
+    assert len(graph.graph.nodes) < 9
+    assert torch.equal(graph(X)[0], same(X)[0])
+    assert torch.equal(simplify(to_graph(listed, X))(X)[0], listed(X)[0])

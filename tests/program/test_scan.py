@@ -16,7 +16,7 @@ from bbvi_conv.engine import Stream, make_engine, start_carry
 from bbvi_conv.optim import Adam, InverseSqrt
 from bbvi_conv.program.aten_graph import Untraceable, to_graph
 from bbvi_conv.program.build import build
-from bbvi_conv.program.scan import operations
+from bbvi_conv.program.scan import BODIES, operations
 
 ROUNDS = 6
 A, B, C = (torch.tensor(v, dtype=torch.float64) for v in (0.7, (0.4, -1.1), 0.3))
@@ -116,12 +116,13 @@ class Holder:
     value: Tensor
 
 
-def test_a_tensor_that_hides_from_the_step_is_refused() -> None:
-    holder = Holder()
+HOLDERS = [Holder()]
 
+
+def test_a_tensor_that_hides_from_the_step_is_refused() -> None:
     def hides(a: Tensor) -> Tensor:
-        holder.value = a * 2
-        return bc.scan(lambda c, x: (c * holder.value + x, c), a, X)[0]
+        HOLDERS[0].value = a * 2
+        return bc.scan(lambda c, x: (c * HOLDERS[0].value + x, c), a, X)[0]
 
     with pytest.raises(Untraceable, match="pass it in the carry, in xs, or as a local variable"):
         to_graph(hides, A)
@@ -204,3 +205,61 @@ def test_a_fit_of_a_recursion_has_a_gap_and_a_verdict() -> None:
     gap = fit.verdict.numbers["remaining_gap_nats"]
     assert gap["value"] is not None
     assert gap["low"] <= gap["value"] <= gap["high"]
+
+
+CELLS = {"lstm": nn.LSTMCell(2, 3).double(), "gru": nn.GRUCell(2, 3).double(), "rnn": nn.RNNCell(2, 3).double()}
+CELL: nn.Module = CELLS["lstm"]
+
+
+def by_a_cell_of_the_file(start: Tensor, x: Tensor) -> Tensor:
+    """A network that is a variable of the file, as in a script or a notebook; torch writes into its gates."""
+
+    def step(carry: Any, row: Tensor) -> tuple[Any, Tensor]:
+        new = CELL(row, carry)
+        return new, (new[0] if isinstance(new, tuple) else new)
+
+    carry = (start, start * 0.5) if isinstance(CELL, nn.LSTMCell) else start
+    return (bc.scan(step, carry, x)[1] ** 2).sum()
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_recurrent_cells_have_gradients_of_every_weight(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "CELL", CELLS[kind])
+    names = [name for name, _ in CELL.named_parameters()]
+
+    def function(start: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        for name, weight in zip(names, weights, strict=True):
+            CELL._parameters[name] = weight  # type: ignore[assignment]
+        return (by_a_cell_of_the_file(start, x),)
+
+    kept = dict(CELL._parameters)
+    args = [torch.linspace(-1, 1, n, dtype=torch.float64).sin().reshape(s) for n, s in ((12, (4, 3)), (40, (5, 4, 2)))]
+    args += [p.detach().clone() for p in CELL.parameters()]
+    try:
+        graph = to_graph(function, *(t.clone() for t in args))
+        leaves = [t.clone().requires_grad_() for t in args]
+        found, right = (torch.autograd.grad(run(*leaves)[0], leaves, create_graph=True) for run in (graph, function))
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+        assert min(float(g.detach().abs().max()) for g in right) > 1e-3
+        bent = [torch.autograd.grad(sum((g * g).sum() for g in slopes), leaves) for slopes in (found, right)]  # type: ignore[arg-type]
+        torch.testing.assert_close(*bent, rtol=1e-9, atol=1e-11)
+    finally:
+        CELL._parameters.update(kept)
+
+
+def test_only_what_a_derivative_reads_is_handed_on() -> None:
+    """A product is not computed again; of the other results none goes with the rounds back."""
+    w = torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3)
+    x = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(6, 3)
+
+    def function(w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return (bc.scan(lambda h, row: ((h @ w).sin() + row, h.cos()), x[:1], x.unsqueeze(1))[0].sum(),)
+
+    graph = to_graph(function, w.clone(), x.clone())
+    before = set(BODIES)
+    with torch.enable_grad():
+        torch.autograd.grad(graph(w.requires_grad_(), x)[0], w)
+    (back,) = (BODIES[name] for name in set(BODIES) - before)
+    targets = [node.target for node in back.plain.graph.nodes]
+    assert targets.count(torch.ops.aten.mm.default) == 2  # towards the carry and the weights, none forwards
+    assert back.moving == 3  # the carry before, x and the product

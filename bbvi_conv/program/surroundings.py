@@ -1,0 +1,111 @@
+"""Tensors that a function uses besides its arguments, and others in their place for a while."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class _Place(NamedTuple):
+    """Where a function finds a value: a variable of a function around it, or an entry of a dict."""
+
+    owner: types.CellType | MutableMapping[str, Any]
+    name: str = ""
+
+    def read(self) -> Any:
+        return self.owner.cell_contents if isinstance(self.owner, types.CellType) else self.owner[self.name]
+
+    def write(self, value: Any) -> None:
+        if isinstance(self.owner, types.CellType):
+            self.owner.cell_contents = value
+        else:
+            self.owner[self.name] = value
+
+
+def surroundings(
+    function: Callable[..., Any],
+) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], AbstractContextManager[None]]]:
+    """Tensors around a function, and a context manager in which it finds others in their place, in their order.
+
+    They are those in variables of the functions around it and around those that it calls, in attributes of objects that
+    it finds there, and parameters of modules; of the variables of its file, modules and parameters.
+    """
+    places = _places(function)
+    found: dict[int, Tensor] = {}
+    for place in places:
+        for leaf in tree_leaves(place.read()):
+            if isinstance(leaf, Tensor):
+                found.setdefault(id(leaf), leaf)
+    order = {key: number for number, key in enumerate(found)}
+
+    @contextmanager
+    def others(given: Sequence[Tensor]) -> Iterator[None]:
+        def new(leaf: Any) -> Any:
+            return given[order[id(leaf)]] if id(leaf) in order else leaf
+
+        before = [(place, place.read()) for place in places]
+        try:
+            for place, value in before:
+                place.write(tree_map(new, value))
+            yield
+        finally:
+            for place, value in before:
+                place.write(value)
+
+    return list(found.values()), others
+
+
+def _places(function: Any) -> list[_Place]:
+    """Where a function finds tensors."""
+    places: list[_Place] = []
+    pending, seen = [function], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, (Tensor, type, types.ModuleType)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, functools.partial):
+            pending += [value.func, *tree_leaves((value.args, value.keywords))]
+        elif isinstance(value, types.MethodType):
+            pending += [value.__func__, value.__self__]
+        elif isinstance(value, types.FunctionType):
+            cells = [cell for cell in value.__closure__ or () if _is_filled(cell)]
+            places += [_Place(cell) for cell in cells]
+            pending += [leaf for cell in cells for leaf in tree_leaves(cell.cell_contents)]
+            names = [name for name in _names(value.__code__) if name in value.__globals__]
+            for name in names:
+                known = value.__globals__[name]
+                if isinstance(known, nn.Parameter):
+                    places.append(_Place(value.__globals__, name))
+                elif isinstance(known, nn.Module) or getattr(known, "__globals__", None) is value.__globals__:
+                    pending.append(known)
+        elif isinstance(value, nn.Module):
+            owners = [owner._parameters for owner in value.modules()]
+            places += [_Place(owner, name) for owner in owners for name, held in owner.items() if held is not None]
+        elif hasattr(value, "__dict__"):
+            held = vars(value)
+            places += [_Place(held, name) for name, one in held.items() if isinstance(one, Tensor)]
+            pending += [one for one in held.values() if isinstance(one, nn.Module)]
+    return [place for place in places if any(isinstance(leaf, Tensor) for leaf in tree_leaves(place.read()))]
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """Names that code and the functions inside it look up outside."""
+    inner = (part for part in code.co_consts if isinstance(part, types.CodeType))
+    return [*code.co_names, *(name for part in inner for name in _names(part))]
+
+
+__all__ = ["surroundings"]
