@@ -265,6 +265,11 @@ class Run:
         clock: Callable[[], float] = time.perf_counter,
         engine_reason: str | None = None,
     ) -> None:
+        if not program.leaves:
+            raise ValueError(
+                "neither the model nor the guide has a parameter, so nothing is to be fitted: write pyro.param, "
+                "and pyro.module(name, module) for a network"
+            )
         self.program, self.settings, self.clock = program, settings, clock
         self._engine_reason = engine_reason or "asked for"
         self.rule = settings.rule(program.layered)

@@ -184,11 +184,14 @@ def decide(
 ) -> Verdict:
     """Outcome and reasons, in the order a reader needs them; ``effective`` is the share of k-hat's draws that count."""
     if evidence.failure:
+        first = evidence.failure.startswith("step 0:")
         return Verdict(
             "diverged",
             (
                 evidence.failure,
-                "the last finite parameters are kept; lower the step size, give it a max_norm or rescale",
+                "no step was made: check that site's data, of which the density may be zero, and where the guide starts"
+                if first
+                else "the last finite parameters are kept; lower the step size, give it a max_norm or rescale",
             ),
         )
     if not evidence.checks:

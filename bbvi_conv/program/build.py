@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ from bbvi_conv.program.structure import (
     is_plate,
     latent_sites,
     missing_latent,
+    no_transform,
     not_finite,
     plates_of,
     random_sites,
@@ -127,7 +128,14 @@ def build(
     device = with_index(home(args, kwargs) if device is None else device)
 
     def of(dtype: torch.dtype) -> Program:
-        return _build(model, guide, args, kwargs, family, minibatch, dtype, device, seed, loop)
+        try:
+            return _build(model, guide, args, kwargs, family, minibatch, dtype, device, seed, loop)
+        except ZeroDivisionError as error:
+            if "size" not in str(error):
+                raise
+            raise ValueError(
+                "a plate of the model is empty: the data have no rows, as after a selection that none fits"
+            ) from error
 
     with with_gaps(told):
         program = _of_a_type(of, dtype, small=device.type == "cpu" and minibatch is None, made=guide is not None)
@@ -327,11 +335,9 @@ def _program(
         own_rows=list(own_rows),
         component_slots=slice(seeding, seeding + eager.guide_used.uniform),
     )
-    if not program.leaves:
-        latents = f"{len(program.structure.latents)} latent sites" if program.structure.latents else "no latent site"
+    if not program.leaves and not program.structure.latents:
         raise ValueError(
-            f"the model has {latents}, and neither it nor the guide a parameter: nothing is to be fitted; make what is "
-            "to be fitted a pyro.param, and call pyro.module(name, module) for a network"
+            "the model has no latent site, and neither it nor the guide a parameter: nothing is to be fitted"
         )
     program.structure = analyse(eager.guide_trace, eager.model_trace, _dependent(program, eager, fed.batch))
     _check_strata(program, eager)
@@ -390,7 +396,8 @@ def _eager_pass(
                 guide(*args, **kwargs)
             except NotImplementedError as error:
                 raise ValueError(
-                    f"{guide._pyro_name} cannot be made for this model: {error}; "
+                    _no_transform(model, args, kwargs)
+                    or f"{guide._pyro_name} cannot be made for this model: {error}; "
                     "use a vectorized plate or range(), or write a guide"
                 ) from error
 
@@ -422,6 +429,13 @@ def _eager_pass(
             check_enumerated(model_trace, plain, lambda z: run_model(drawn, poutine.condition(model, data=z)))
     tape.strangers = in_guide | in_model
     return _Pass(guide, summed, drawn, model_trace, tape, guide_used, store, modules, (set(in_guide), set(in_model)))
+
+
+def _no_transform(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Which latent a family cannot have, in words; empty where that is not what is wrong with the model."""
+    with suppress(Exception):
+        return no_transform(poutine.trace(model).get_trace(*args, **kwargs))
+    return ""
 
 
 def _check_size(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -54,9 +54,9 @@ def fold(graph: GraphModule, unsteady: Collection[Node]) -> None:
             kept.append(node)
     values: dict[Node, Tensor] = {}
     for node in reversed(kept):
-        above = _above(node)
-        made_from = sum(_bytes(n) for n in above if n.op == "get_attr")
-        if _bytes(node) > max(SMALL, made_from) or max(map(_bytes, above)) > max(LARGE, made_from):
+        sources = above([node])
+        made_from = sum(_bytes(n) for n in sources if n.op == "get_attr")
+        if _bytes(node) > max(SMALL, made_from) or max(map(_bytes, sources)) > max(LARGE, made_from):
             continue
         with torch.no_grad():
             value = _value(graph, node, values)
@@ -132,14 +132,15 @@ def _bytes(node: Node) -> int:
     return torch.Size(kind.shape).numel() * int(kind.dtype.itemsize)
 
 
-def _above(node: Node) -> set[Node]:
-    """A fixed node and all that it is computed from."""
-    found, pending = set(), [node]
+def above(nodes: Iterable[Node]) -> set[Node]:
+    """Nodes, and all that they are computed from."""
+    found: set[Node] = set()
+    pending = list(nodes)
     while pending:
-        last = pending.pop()
-        if last not in found:
-            found.add(last)
-            pending += last.all_input_nodes
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
     return found
 
 

@@ -12,7 +12,6 @@ Only f stays in the loop. A sum of products of matrices is one product, of these
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import operator
 from collections import defaultdict
@@ -25,11 +24,11 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from bbvi_conv.program.aten_graph import Untraceable, to_graph
 from bbvi_conv.program.batching import call, inputs
-from bbvi_conv.program.constants import changes
+from bbvi_conv.program.constants import above, changes
 from bbvi_conv.program.graph_module import WrittenLate
 from bbvi_conv.program.graphs import TURNS, is_dear, result_of, simplify
 from bbvi_conv.program.pieces import VIEWS
-from bbvi_conv.program.scan import BODIES, Body, scans
+from bbvi_conv.program.scan import BODIES, Body, name_of, scans
 
 _aten: Any = torch.ops.aten
 
@@ -130,8 +129,8 @@ class _Parts:
             alone = len(new.users) == 1 and made.count(new) == 1 and number + len(self.carry) not in self.used
             if sums and alone and len(others) == 1 and _kind(others[0]) == _kind(old) and number in self.used:
                 terms[number] = others[0]
-        waiting = _above([new for number, new in enumerate(self.new) if number not in terms])
-        return {number: term for number, term in terms.items() if _above([term]) & self._leaves - waiting}
+        waiting = above([new for number, new in enumerate(self.new) if number not in terms])
+        return {number: term for number, term in terms.items() if above([term]) & self._leaves - waiting}
 
     def _asked_for(self) -> list[Node]:
         """Values of rounds that are used after the loop."""
@@ -144,7 +143,7 @@ class _Parts:
         stays = {i for i, (old, new) in enumerate(zip(self.carry, self.new, strict=True)) if old is new}
         waits = {i for i in range(len(self.carry)) if i in self.used and i not in self.terms} - stays
         while True:
-            needed = _above([*asked, *(self.new[i] for i in waits)])
+            needed = above([*asked, *(self.new[i] for i in waits)])
             more = {i for i, old in enumerate(self.carry) if old in needed} - stays - waits
             if not more:
                 return sorted(waits), needed
@@ -155,12 +154,12 @@ class _Parts:
         carried = [self.carry[i] for i in self.waits]
         large = {result_of(n) for n in computed if n not in self.absorbed and length * _numbers(n) > MOST}
         waiting = _below([*carried, *large], computed) | large
-        inside = _above([*(self.new[i] for i in self.waits), *large]) & waiting
+        inside = above([*(self.new[i] for i in self.waits), *large]) & waiting
         rest = [n for n in computed if n not in inside and n not in self.absorbed]
         dear = self._leaves.intersection(rest)
         after = waiting.intersection((*dear, *_below(dear, rest)))
         wanted = {*asked, *(n for user in (*after, *self.absorbed) for n in inputs(user))}
-        before = _above(n for n in (*dear, *wanted) if n not in waiting)
+        before = above(n for n in (*dear, *wanted) if n not in waiting)
         inside.update(n for n in rest if n not in before and n not in after)
         moving = {*self.xs, *_below(self.xs, computed)}
         _take_in(inside, computed, waiting, moving)
@@ -177,7 +176,7 @@ class _Parts:
         outside = [n for n in dict.fromkeys(reads) if n not in inside and n not in carried]
         self.moving = [n for n in outside if n in moving] or self.xs[:1]
         self.stays = [n for n in outside if n not in moving]
-        before = _above(n for n in (*wanted, *outside) if n not in waiting)
+        before = above(n for n in (*wanted, *outside) if n not in waiting)
         self.early = [n for n in computed if n in before and n not in self.absorbed]
 
     def _body(self, plain: GraphModule) -> str:
@@ -192,9 +191,7 @@ class _Parts:
         outputs = [*(self.new[i] for i in self.waits), *self.given]
         graph.output([known[node] for node in outputs])
         module = WrittenLate(plain, graph)
-        kinds = [_kind(node) for node in inputs]
-        code = f"{module.code}\n{kinds}\n{len(self.waits)} {len(self.moving)}"
-        name = hashlib.sha256(code.encode()).hexdigest()[:24]
+        name = name_of(module, map(_kind, inputs), len(self.waits), len(self.moving))
         results = tuple((kind.shape, kind.dtype) for kind in map(_kind, outputs))
         BODIES.setdefault(name, Body(module, module, len(self.waits), len(self.moving), results))
         return name
@@ -207,18 +204,6 @@ def _kind(node: Node) -> Any:
 def _numbers(node: Node) -> int:
     kind = node.meta.get("tensor_meta")
     return 0 if kind is None else int(kind.shape.numel())
-
-
-def _above(nodes: Iterable[Node]) -> set[Node]:
-    """Nodes, and all that they are computed from."""
-    found: set[Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found
 
 
 def _below(nodes: Iterable[Node], among: Sequence[Node]) -> set[Node]:

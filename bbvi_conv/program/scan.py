@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,8 +66,8 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, re
     In a model that is traced the loop stays a loop; elsewhere it is a Python loop.
 
     Args:
-        step: a pure function of tensors; it may use tensors and modules of the function around it. No sample sites:
-            draw before the loop, and pass the values in ``xs``.
+        step: a pure function of tensors; it may use tensors and modules of the functions around it, and modules and
+            parameters of its file. No sample sites: draw before the loop, and pass the values in ``xs``.
         carry: tensors, or nested tuples, lists and dicts of them, whose shapes and types ``step`` keeps.
         xs: tensors ``(T, ...)``, nested likewise; T is at least 1.
         reverse: from the last round to the first; ``y_t`` still lies at t.
@@ -253,7 +254,7 @@ def _register(
         read = _read_known(graph, known, len(carry) + len(x))
         graph, constants = lift(graph, numbers=False)
         count = len(x) + sum(read)
-        name = hashlib.sha256(f"{graph.code}\n{kinds}\n{len(carry)} {count} {kept}".encode()).hexdigest()[:24]
+        name = name_of(graph, kinds, len(carry), count, kept)
         if name not in BODIES:
             first, second = example[: len(carry) + len(x)], example[len(carry) + len(x) :]
             used = [t for t, reads in zip(last, read, strict=True) if reads]
@@ -264,6 +265,12 @@ def _register(
 
     found: tuple[str, list[Tensor], list[bool]] = _apart(trace)
     return found
+
+
+def name_of(graph: GraphModule, kinds: Iterable[Kind], *counts: int) -> str:
+    """The name of a body: a digest of its code, the kinds of its inputs, and how many are carried and move."""
+    code = f"{graph.code}\n{list(kinds)}\n{counts}"
+    return hashlib.sha256(code.encode()).hexdigest()[:24]
 
 
 def _keep_dear(graph: GraphModule) -> int:
@@ -407,11 +414,6 @@ def _backward(ctx: Any, grads: Any) -> Any:
     carried, moving, _ = ctx.sizes
     made = list(saved)
     last, before, ys = made[:carried], made[carried : 2 * carried], made[2 * carried :]
-    after = [
-        torch.cat([end[None], rows[:-1]] if ctx.reverse else [rows[1:], end[None]])
-        for end, rows in zip(last, before, strict=True)
-    ]
-    known = [*ys, *after]
     d_last, d_rows = grads[:carried], grads[carried:]
     lives = [_is_float(t) for t in (*start, *xs, *fixed)]
     d_fixed = [torch.zeros_like(f) for f in fixed if _is_float(f)]
@@ -424,7 +426,11 @@ def _backward(ctx: Any, grads: Any) -> Any:
             *before,
             *xs,
             *(d.contiguous() for d in d_rows if d is not None),
-            *(rows for rows, reads in zip(known, read, strict=True) if reads),
+            *itertools.compress(ys, read),
+            *(
+                _after(*both, ctx.reverse)
+                for both in itertools.compress(zip(last, before, strict=True), read[len(ys) :])
+            ),
         ],
         [*fixed, *constants],
         not ctx.reverse,
@@ -433,6 +439,11 @@ def _backward(ctx: Any, grads: Any) -> Any:
     out = iter([*made[: len(live_last)], *made[2 * total :], *made[len(live_last) : total]])
     flat = [next(out) if live else None for live in lives]
     return None, flat[:carried], flat[carried : carried + moving], flat[carried + moving :], None
+
+
+def _after(last: Tensor, before: Tensor, reverse: bool) -> Tensor:
+    """What is carried out of each round, from what is carried into each and out of the last."""
+    return torch.cat([last[None], before[:-1]] if reverse else [before[1:], last[None]])
 
 
 def _is_float(tensor: Tensor) -> bool:
@@ -521,4 +532,4 @@ def _(
     return made, [*[0] * len(carry), *[1] * (len(made) - len(carry))]
 
 
-__all__ = ["BODIES", "Body", "operations", "repeated", "scan", "scans", "work"]
+__all__ = ["BODIES", "Body", "name_of", "operations", "repeated", "scan", "scans", "work"]

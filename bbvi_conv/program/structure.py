@@ -14,6 +14,7 @@ from pyro.distributions.util import broadcast_shape  # torch's own imports a com
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import biject_to
 
 Group = Literal["theta", "phi", "shared"]
 
@@ -189,9 +190,15 @@ def analyse(guide_trace: Trace, model_trace: Trace, dependent: set[str]) -> Stru
 
 
 def not_finite(values: Iterable[tuple[str, Any]]) -> str:
-    """What to say of data with NaN or infinities, of each with the first index; nothing where there are none."""
+    """What to say of data with NaN or infinities, of each with the first index; nothing where there are none.
+
+    Raises:
+        ValueError: for a sparse tensor, which models' densities cannot be taken of.
+    """
     found = []
     for name, value in values:
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            raise ValueError(f"{name} is a sparse tensor, which cannot be fitted: hand over its .to_dense()")
         if isinstance(value, Tensor) and value.is_floating_point():
             bad = ~torch.isfinite(value)
             if bad.any():
@@ -226,6 +233,20 @@ def missing_latent(site: Any) -> str:
     if discrete:
         return discrete_latent(name)
     return f"the guide has no sample site {name!r}, a latent of the model; add it to the guide or observe it"
+
+
+def no_transform(trace: Trace) -> str:
+    """What to say of a latent site whose support no transform maps from the reals; nothing where there is none."""
+    for site in latent_sites(trace):
+        try:
+            biject_to(site["fn"].support)
+        except NotImplementedError:
+            support = str(site["fn"].support).removesuffix("()")
+            return (
+                f"latent site {site['name']!r} has support {support}, which no family has a transform onto: write "
+                "it by parts, as a covariance matrix by LKJCholesky and scales, or give a guide that draws it"
+            )
+    return ""
 
 
 def check_guide(guide_trace: Trace, model_trace: Trace) -> None:

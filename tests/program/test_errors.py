@@ -374,10 +374,36 @@ def test_a_column_against_a_vector_is_no_square(plate: bool) -> None:
         build(counts, None, (y[:, None],), family=MeanField())
 
 
+def test_data_that_no_density_takes_are_named() -> None:
+    with pytest.raises(ValueError, match=r"positional argument 0 is a sparse tensor.*to_dense\(\)"):
+        build(model, None, (X.to_sparse(),), family=MeanField())
+
+    def of_rows(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="the data have no rows"):
+        build(of_rows, None, (X[:0],), family=MeanField())
+
+
+@pytest.mark.filterwarnings("ignore:Singular sample")
+def test_a_support_without_a_transform_is_named() -> None:
+    def of_a_matrix(x: Tensor) -> None:
+        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        precision = pyro.sample("precision", dist.Wishart(torch.tensor(5.0), torch.eye(3)))
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(3), precision_matrix=precision), obs=x)
+
+    for family in (MeanField(), bc.FullRank()):
+        with pytest.raises(ValueError, match=r"latent site 'precision' has support PositiveDefinite.*LKJCholesky"):
+            build(of_a_matrix, None, (X,), family=family)
+
+
 def test_networks_that_nobody_registered_leave_nothing_to_fit() -> None:
     def draws(x: Tensor) -> None:
         pyro.sample("a", dist.Normal(0.3, 1.0))
         pyro.sample("b", dist.LogNormal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match=r"2 latent sites, and neither it nor the guide a parameter.*pyro\.module"):
-        build(model, draws, (X,))
+    build(model, draws, (X,))  # which can be evaluated
+    with pytest.raises(ValueError, match=r"neither the model nor the guide has a parameter.*pyro\.module"):
+        bc.fit(model, draws, args=(X,), progress=False)
