@@ -110,3 +110,16 @@ def test_constants_that_share_memory() -> None:
     loop.load()
     (made,), _ = loop(given, [], 1)
     torch.testing.assert_close(made, windows(*given)[0])
+
+
+def beside_diagonals(x: Tensor, y: Tensor, by: Tensor) -> tuple[Tensor, ...]:
+    """Numbers on the diagonals of matrices of one, as the gradient of a determinant has them; others from the same."""
+    placed = torch.diagonal_scatter(torch.zeros_like(x)[..., None, None], (y * y).sum(-1, True) + by, 0, -2, -1)
+    more = y.sum(-1) * by[..., 0]
+    return (placed[..., 0, 0] + more + more.exp() + y.prod(-1),)
+
+
+def test_what_is_written_in_place_is_read_afterwards(generated: Callable[[], str]) -> None:
+    gen = torch.Generator().manual_seed(0)
+    given = [torch.rand(size, generator=gen) for size in ((10, 2), (10, 2, 6), (10, 1, 1))]
+    kernels(beside_diagonals, given, generated)

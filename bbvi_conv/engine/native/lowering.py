@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -21,11 +22,13 @@ from bbvi_conv.engine.native.inductor import (
     DebugContext,
     FakeTensorMode,
     GraphLowering,
+    SchedulerNode,
     ShapeEnv,
     TracingContext,
     V,
     config,
     fx_graph_cse,
+    recomputed,
     select_decomp_table,
     tracing,
 )
@@ -277,6 +280,7 @@ def lower(
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(mock.patch.object(SchedulerNode, "recompute_size_and_body", recomputed))
         stack.enter_context(config.patch(_known(_settings(threads, checked))))
         stack.enter_context(V.set_fake_mode(mode))
         stack.enter_context(tracing(TracingContext(mode)))
