@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -110,9 +111,9 @@ class Calculus:
         """Runs of the program in one evaluation: every draw once per stratum."""
         return self.objective.draws * self.program.strata
 
-    @property
+    @functools.cached_property
     def work(self) -> int:
-        """Numbers that one evaluation computes in all; by Pyro's handlers it takes as long as so many."""
+        """Numbers that one evaluation computes in all; by Pyro's handlers, as many as a graph would in that time."""
         one = self.log_weights.work if isinstance(self.log_weights, TracedLogWeights) else HANDLED
         return self.runs * one
 

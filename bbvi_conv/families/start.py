@@ -24,10 +24,11 @@ def start(site: Any = None) -> Any:
     """
     if site is None:
         return start
-    for frame in site["cond_indep_stack"]:
-        if frame.vectorized and frame.size == -1:
+    around = [one for one in _PYRO_STACK if isinstance(one, pyro.plate) and one.dim is not None]
+    for plate in around:
+        if plate.size == -1:
             raise ValueError(
-                f'plate {frame.name!r} of site {site["name"]!r} has no size: write pyro.plate("{frame.name}", len(x)) '
+                f'plate {plate.name!r} of site {site["name"]!r} has no size: write pyro.plate("{plate.name}", len(x)) '
                 "over its rows, or give a guide"
             )
     try:
@@ -37,16 +38,11 @@ def start(site: Any = None) -> Any:
         transform = biject_to(fn.support)
         shape = transform.inverse_shape(fn.shape())
         value = transform(torch.zeros(shape))
-    value = value.expand(_whole(site["fn"]))  # a view of its own, on which Pyro's mark of a start can be set
+    fn = site["fn"]  # which does not know of all plates around it yet where the site is reparametrised
+    batch = broadcast_shape(fn.batch_shape, *((one.subsample_size, *(1,) * (-one.dim - 1)) for one in around))
+    value = value.expand((*batch, *fn.event_shape))  # a view of its own, on which Pyro's mark of a start can be set
     value._pyro_custom_init = False  # type: ignore[attr-defined]
     return value
-
-
-def _whole(fn: Any) -> torch.Size:
-    """The shape of a draw of a site in all plates around it; a site that is reparametrised does not know them yet."""
-    around = [one for one in _PYRO_STACK if isinstance(one, pyro.plate) and one.dim is not None]
-    batch = broadcast_shape(fn.batch_shape, *((one.subsample_size, *(1,) * (-one.dim - 1)) for one in around))
-    return torch.Size((*batch, *fn.event_shape))
 
 
 def moments(site: Any, draws: Mapping[str, Tensor], shape: torch.Size) -> tuple[Tensor, Tensor] | None:

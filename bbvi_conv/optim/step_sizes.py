@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -33,9 +34,9 @@ def rule(step_size: StepSize | float) -> StepSize:
         >>> rule(0.01)
         Constant(size=0.01)
     """
-    if isinstance(step_size, int | float):
+    if isinstance(step_size, Real | Tensor) and not isinstance(step_size, bool):
         return Constant(float(step_size))
-    if not callable(step_size):
+    if not callable(step_size) or isinstance(step_size, type):
         raise ValueError(f"step_size must be a rule such as Constant(0.001), or a number, got {step_size!r}")
     return step_size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from bbvi_conv.program.graphs import simplify, widths
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, NoiseLayout, generator, random_state
 from bbvi_conv.program.program import Program
+from bbvi_conv.program.rounds import with_short_rounds
 from bbvi_conv.program.tape import Tape, TapeEnds, taped
 from bbvi_conv.program.trace import over_draws
 
@@ -279,6 +281,7 @@ class Mapped:
             with suppress(RuntimeError):  # whatever a graph or vmap cannot do, a loop can
                 example = [*(m[0].clone() for m in moving), *(f.clone() for f in fixed)]
                 graph = simplify(to_graph(flat, *example, random=random))
+                graph = with_short_rounds(graph, example, functools.partial(over_draws, vectorise=True))
                 vectorised = over_draws(graph, flags, vectorise=True, randomness="different" if random else "error")
                 vectorised(*(m[:2] for m in moving), *fixed)
                 self.call, self.piece = vectorised, max(1, MEMORY // max(1, sum(widths(graph))))

@@ -154,15 +154,17 @@ def _fix_promotion(graph: GraphModule, node: Node) -> None:
 
 
 def _fix_counts(graph: GraphModule, node: Node) -> None:
-    """Give a binomial counts of the shape of its probabilities: under ``vmap`` torch warns of others."""
+    """Give a binomial counts and probabilities of one shape: under ``vmap`` torch warns of others."""
     if node.target is not _aten.binomial.default:
         return
-    counts, chances = node.all_input_nodes
-    with graph.graph.inserting_before(node):
-        zero = graph.graph.call_function(_aten.mul.Tensor, (chances, 0))
-        whole = graph.graph.call_function(_aten.add.Tensor, (counts, zero))
-    zero.meta["tensor_meta"] = whole.meta["tensor_meta"] = chances.meta["tensor_meta"]
-    node.replace_input_with(counts, whole)
+    whole: list[Node] = []
+    for one, other in (node.args[:2], node.args[1::-1]):
+        with graph.graph.inserting_before(node):
+            zero = graph.graph.call_function(_aten.mul.Tensor, (other, 0))
+            whole.append(graph.graph.call_function(_aten.add.Tensor, (one, zero)))
+        zero.meta["tensor_meta"] = other.meta["tensor_meta"]  # type: ignore[union-attr]
+        whole[-1].meta["tensor_meta"] = node.meta["tensor_meta"]
+    node.args = (*whole, *node.args[2:])
 
 
 _SLICES = {_aten.slice.Tensor: 1, _aten.slice_scatter.default: 2, _aten.slice_backward.default: 2}

@@ -554,34 +554,39 @@ def _check_rows_lie_in_plate(
 ) -> None:
     """Refuse a site that holds the rows of a batch outside the plate: its density would not be scaled by N/B.
 
-    Such a site has another shape where a batch has other rows.
+    Such a site has another shape where a batch has other rows, or other data where a model looks rows up itself.
     """
+    size, traces = minibatch.size, (eager.guide_trace, eager.model_trace)
+    if total == 1:
+        return
 
-    def shapes(found: _Pass) -> dict[tuple[str, str], tuple[torch.Size, torch.Size]]:
-        """Of the sites outside the plate: the shapes of value and density."""
-        traces = {"guide": found.guide_trace, "model": found.model_trace}
+    def outside(found: _Pass) -> dict[tuple[str, str], Any]:
+        """Of the sites outside the plate that nobody scales what tells: shapes of value and density, or the data."""
         return {
-            (where, site["name"]): (site["value"].shape, site["log_prob"].shape)
-            for where, trace in traces.items()
+            (where, site["name"]): (
+                (site["value"].shape, site["log_prob"].shape)
+                if indices is None
+                else site["value"].tolist()
+                if site["is_observed"]
+                else None
+            )
+            for where, trace in (("guide", found.guide_trace), ("model", found.model_trace))
             for site in random_sites(trace)
-            if all(frame.name != minibatch.plate for frame in site["cond_indep_stack"])
+            if site["scale"] == 1.0 and all(frame.name != minibatch.plate for frame in site["cond_indep_stack"])
         }
 
-    size, here = minibatch.size, shapes(eager)
-    if not any(size in shape for both in here.values() for shape in both) or total == 1:
+    here = outside(eager)
+    if indices is None and not any(size in shape for both in here.values() for shape in both):
         return
-    other = size - 1 if size > 1 else 2
-    rows = torch.arange(other)
+    other = size if indices is not None else size - 1 if size > 1 else 2
     given = args if indices is not None else tuple(a[:other] if _is_row_tensor(a, total) else a for a in args)
-    whole = other if indices is None else total
+    sizes = {trace.nodes[minibatch.plate]["fn"].size for trace in traces if minibatch.plate in trace.nodes}
     try:
-        there = shapes(
-            attempt(
-                given, rows.to(indices.device) if indices is not None else None, _OfSize(minibatch.plate, whole, other)
-            )
-        )
-    except (_OtherSize, IndexError, RuntimeError, ValueError):  # a model written for batches of one size
+        rows = None if indices is None else indices + total - size
+        found = attempt(given, rows, _OfSize(minibatch.plate, other if sizes == {size} else total, other))
+    except Exception:  # a model written for batches of one size
         return
+    there = outside(found)
     for (where, name), kinds in here.items():
         if there.get((where, name), kinds) != kinds:
             raise ValueError(

@@ -39,7 +39,7 @@ def _gives_several(operation: Any) -> bool:
 
 
 MOST = 2**24
-"""Numbers that a tensor of all rounds may have; one that has more is not laid out."""
+"""Numbers that a tensor of all rounds may have that leaves the loop for it."""
 
 NARROW = 8
 """Numbers in the tensors of a round up to which all rounds together are quicker whatever they compute."""
@@ -125,6 +125,7 @@ class _Parts:
         terms = {}
         for number, (old, new) in enumerate(zip(self.carry, self.new, strict=True)):
             sums = new.target is _aten.add.Tensor and not new.kwargs and list(old.users) == [new]
+            sums = sums and _kind(old).dtype.is_floating_point  # small whole numbers wrap round, and truths stay truths
             others = [n for n in inputs(new) if n is not old]
             alone = len(new.users) == 1 and made.count(new) == 1 and number + len(self.carry) not in self.used
             if sums and alone and len(others) == 1 and _kind(others[0]) == _kind(old) and number in self.used:
@@ -153,14 +154,16 @@ class _Parts:
         """Tell what stays in the loop from what runs before and after it."""
         carried = [self.carry[i] for i in self.waits]
         large = {result_of(n) for n in computed if n not in self.absorbed and length * _numbers(n) > MOST}
+        large = large if self.waits else set()  # without a loop there is no place for it
         waiting = _below([*carried, *large], computed) | large
         inside = above([*(self.new[i] for i in self.waits), *large]) & waiting
+        inside.update(n for n in computed if result_of(n) in inside)  # all results of an operation, or none
         rest = [n for n in computed if n not in inside and n not in self.absorbed]
         dear = self._leaves.intersection(rest)
         after = waiting.intersection((*dear, *_below(dear, rest)))
         wanted = {*asked, *(n for user in (*after, *self.absorbed) for n in inputs(user))}
         before = above(n for n in (*dear, *wanted) if n not in waiting)
-        inside.update(n for n in rest if n not in before and n not in after)
+        inside.update(n for n in rest if before.isdisjoint((n, result_of(n))) and n not in after)
         moving = {*self.xs, *_below(self.xs, computed)}
         _take_in(inside, computed, waiting, moving)
         inside.update(n for n in computed if result_of(n) in inside)

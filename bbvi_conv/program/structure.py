@@ -309,8 +309,10 @@ def check_site(site: Any) -> None:
             "check the plate sizes and the data"
         ) from None
     plates = plates_of(site)
-    sizes = dict.fromkeys(range(-len(together), 0), 1) | {dim: size for _, dim, size in plates}
-    wider = plates and any(size != sizes[dim] and sizes[dim] >= 0 for dim, size in zip(sizes, together, strict=False))
+    sizes = {dim: size for _, dim, size in plates if size >= 0}
+    outermost = min(sizes, default=-len(together))
+    sizes |= dict.fromkeys(range(-len(together), outermost), 1)  # of dimensions beside a plate Pyro asks nothing
+    wider = any(together[dim] != size for dim, size in sizes.items() if dim >= -len(together))
     if wider or math.prod(together) > max(math.prod(fn.batch_shape), math.prod(batch)):
         lie = ", ".join(f"{name} of {size}" for name, _, size in plates)
         raise ValueError(

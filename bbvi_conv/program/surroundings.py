@@ -33,10 +33,10 @@ def surroundings(
 ) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], AbstractContextManager[None]]]:
     """Tensors around a function, and a context manager in which it finds others in their place, in their order.
 
-    They are those in variables of the functions around it and around those that it calls, in attributes of objects that
-    it finds there, and parameters of modules; of the variables of its file, modules and parameters.
+    They are those in variables of the functions around it and around those that it calls, attributes of objects that it
+    finds there, and attributes and parameters of modules; of the variables of its file, modules and parameters.
     """
-    places = _places(function)
+    places, objects = _places(function)
     found: dict[int, Tensor] = {}
     for place in places:
         for leaf in tree_leaves(place.read()):
@@ -50,6 +50,7 @@ def surroundings(
             return given[order[id(leaf)]] if id(leaf) in order else leaf
 
         before = [(place, place.read()) for place in places]
+        attributes = [(vars(value), dict(vars(value))) for value in objects]
         try:
             for place, value in before:
                 place.write(tree_map(new, value))
@@ -57,13 +58,17 @@ def surroundings(
         finally:
             for place, value in before:
                 place.write(value)
+            for held, kept in attributes:  # without what an object has noted meanwhile
+                held.clear()
+                held.update(kept)
 
     return list(found.values()), others
 
 
-def _places(function: Any) -> list[_Place]:
-    """Where a function finds tensors."""
+def _places(function: Any) -> tuple[list[_Place], list[Any]]:
+    """Where a function finds tensors, and objects other than modules that hold some of them."""
     places: list[_Place] = []
+    objects: list[Any] = []
     pending, seen = [function], set()
     while pending:
         value = pending.pop()
@@ -86,13 +91,17 @@ def _places(function: Any) -> list[_Place]:
                 elif isinstance(known, nn.Module) or getattr(known, "__globals__", None) is value.__globals__:
                     pending.append(known)
         elif isinstance(value, nn.Module):
-            owners = [owner._parameters for owner in value.modules()]
-            places += [_Place(owner, name) for owner in owners for name, held in owner.items() if held is not None]
+            owners = [held for owner in value.modules() for held in (owner._parameters, vars(owner))]
+            places += [
+                _Place(owner, name) for owner in owners for name, one in owner.items() if isinstance(one, Tensor)
+            ]
         elif hasattr(value, "__dict__"):
             held = vars(value)
+            objects.append(value)
             places += [_Place(held, name) for name, one in held.items() if isinstance(one, Tensor)]
             pending += [one for one in held.values() if isinstance(one, nn.Module)]
-    return [place for place in places if any(isinstance(leaf, Tensor) for leaf in tree_leaves(place.read()))]
+    places = [place for place in places if any(isinstance(leaf, Tensor) for leaf in tree_leaves(place.read()))]
+    return places, objects
 
 
 def _is_filled(cell: types.CellType) -> bool:

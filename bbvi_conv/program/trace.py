@@ -57,7 +57,8 @@ class TracedLogWeights:
     @property
     def work(self) -> int:
         """Numbers that one run computes in all."""
-        return max(map(work, self._graphs.values()), default=0)
+        self.prepare(joint=True)
+        return work(self._graphs[True])
 
     def maps(self, joint: bool) -> bool:
         """Whether ``vmap`` can map the graph over draws of noise."""

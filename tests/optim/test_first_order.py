@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -156,6 +157,7 @@ def test_bad_arguments(make: Callable[[], Any], sentence: str) -> None:
 def test_a_number_is_a_constant_step_size(make: Any) -> None:
     assert make(0.1) == make(Constant(0.1))
     assert make(1).step_size == Constant(1.0)
-    for wrong in ("0.1", 0.0, -1.0):
+    assert make(torch.tensor(0.5)).step_size == make(np.float32(0.5)).step_size == Constant(0.5)
+    for wrong in ("0.1", 0.0, -1.0, True, SGD):
         with pytest.raises(ValueError, match=r"step.size must be"):
             make(wrong)

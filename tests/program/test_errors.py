@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
@@ -350,6 +351,45 @@ def test_rows_of_a_batch_outside_the_plate_would_not_be_scaled(model: bool, guid
     ):
         build(run, draw, (ROWS,), minibatch=Minibatch(size, plate="data"))
     build(rows_in_plate, encoded, (ROWS,), minibatch=Minibatch(size, plate="data"))
+
+
+def test_rows_that_a_model_looks_up_lie_in_the_plate_too() -> None:
+    def looked_up(x: Tensor, *, plate: bool = True) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 20, subsample_size=4) as rows:
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x[rows, 0])
+            if plate:
+                pyro.sample("y", dist.Normal(loc, 1.0), obs=x[rows, 1])
+        if not plate:
+            pyro.sample("y", dist.Normal(loc, 1.0).expand([4]).to_event(1), obs=x[rows, 1])
+
+    batch = Minibatch(4, plate="data")
+    build(looked_up, None, (ROWS,), family=MeanField(), minibatch=batch)
+    with pytest.raises(ValueError, match="site 'y' of the model holds the 4 rows of a batch"):
+        build(functools.partial(looked_up, plate=False), None, (ROWS,), family=MeanField(), minibatch=batch)
+
+
+def test_rows_outside_the_plate_may_be_scaled_by_hand_and_batches_of_one_size() -> None:
+    def by_hand(x: Tensor) -> None:
+        assert len(x) == 4
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x[:, 0])
+        with poutine.scale(scale=5.0):
+            pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=x[:, 1])
+
+    build(by_hand, None, (ROWS,), family=MeanField(), minibatch=Minibatch(4, plate="data"))
+
+
+def test_dimensions_beside_a_plate_are_nobodys() -> None:
+    def beside(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0))
+            pyro.sample("y", dist.Normal(loc + z, 1.0), obs=y)
+
+    program = build(beside, None, (torch.ones(5, 3),), family=MeanField())
+    assert [site.size for site in program.structure.latents] == [1, 15]
 
 
 def test_a_vector_that_happens_to_be_as_long_as_a_batch_is_no_batch() -> None:

@@ -17,13 +17,25 @@ FIXED = torch.tensor([7.0])
 
 
 class Owner:
-    """An object with a tensor, a module and a method."""
+    """An object with a tensor, a module and a method, and with a value that it computes once."""
 
     def __init__(self) -> None:
         self.tensor, self.net = torch.tensor([2.0]), nn.Linear(1, 1, bias=False)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.net(x) + self.tensor
+        self.twice = self.tensor * 2
+        return self.net(x) + self.twice
+
+
+class Network(nn.Module):
+    """With a tensor that is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.tensor = nn.Parameter(torch.tensor([3.0])), torch.tensor([2.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.tensor
 
 
 def by_the_file(x: Tensor) -> Tensor:
@@ -55,7 +67,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "cells": (of_cells(), 2),
     "method": (Owner().__call__, 2),
     "partial": (functools.partial(lambda owner, x: owner(x), Owner()), 2),
-    "module": (nn.Linear(1, 1, bias=False), 1),
+    "module": (Network(), 2),
     "hole": (with_a_hole(), 1),
 }
 """By where it finds them: a function, and how many tensors."""
@@ -76,3 +88,11 @@ def test_others_stand_in_for_a_while(name: str) -> None:
         raise ZeroDivisionError
     assert torch.equal(function(x), before)
     assert all(isinstance(p, nn.Parameter) for p in NET.parameters())
+
+
+def test_what_an_object_notes_meanwhile_is_forgotten() -> None:
+    owner = Owner()
+    found, others = surroundings(owner.__call__)
+    with others(found):
+        owner(torch.ones(1, 1))
+    assert not hasattr(owner, "twice")
