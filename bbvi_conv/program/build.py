@@ -562,14 +562,14 @@ def _check_rows_lie_in_plate(
 
     def outside(found: _Pass) -> dict[tuple[str, str], Any]:
         """Of the sites outside the plate that nobody scales what tells: shapes of value and density, or the data."""
+
+        def telling(site: Any) -> Any:
+            if indices is None:
+                return site["value"].shape, site["log_prob"].shape
+            return site["value"].detach().cpu().numpy().tobytes() if site["is_observed"] else None
+
         return {
-            (where, site["name"]): (
-                (site["value"].shape, site["log_prob"].shape)
-                if indices is None
-                else site["value"].tolist()
-                if site["is_observed"]
-                else None
-            )
+            (where, site["name"]): telling(site)
             for where, trace in (("guide", found.guide_trace), ("model", found.model_trace))
             for site in random_sites(trace)
             if site["scale"] == 1.0 and all(frame.name != minibatch.plate for frame in site["cond_indep_stack"])

@@ -310,7 +310,7 @@ def check_site(site: Any) -> None:
         ) from None
     plates = plates_of(site)
     sizes = {dim: size for _, dim, size in plates if size >= 0}
-    outermost = min(sizes, default=-len(together))
+    outermost = min((dim for _, dim, _ in plates), default=-len(together))
     sizes |= dict.fromkeys(range(-len(together), outermost), 1)  # of dimensions beside a plate Pyro asks nothing
     wider = any(together[dim] != size for dim, size in sizes.items() if dim >= -len(together))
     if wider or math.prod(together) > max(math.prod(fn.batch_shape), math.prod(batch)):
