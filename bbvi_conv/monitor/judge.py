@@ -299,8 +299,9 @@ class Judge:
             return Check(step, none, none, improvement, bound)
         low = math.inf if improvement.low is None else improvement.low
         if low > self.tolerance and self._effort(self.cheap, size).dear:
-            waits = unavailable("a program this wide is only asked for it once a window no longer improves the bound")
-            return Check(step, waits, waits, improvement, bound)
+            reason = "a program this wide is only asked for it once a window no longer improves the bound"
+            gap = unavailable(self._no_hessian() or reason)
+            return Check(step, gap, unavailable(reason), improvement, bound)
         natural, gap = self._distances(x, keys, rough=low > SURE * self.tolerance and not final)
         return Check(step, gap, natural, improvement, bound)
 
@@ -385,8 +386,8 @@ class Judge:
         known = _Products(lambda vectors: products(x, vectors, feed), x, active)
         return known.dense() if spent.dense else known.scaled()
 
-    def _hessian(self, x: Tensor, active: Tensor, keys: _Keys, rough: bool) -> Tensor | _Products | str:
-        """The matrix, its products where it is large, or why there is none."""
+    def _no_hessian(self) -> str:
+        """Why there is none wherever one looks; empty where there may be one."""
         program = self.calculus.program
         if program.implicit:
             return "a draw has an implicit gradient (gamma, beta or Dirichlet), which has no second derivative"
@@ -396,6 +397,12 @@ class Judge:
             )
         if not self.calculus.objective.conservative:
             return "theta and phi follow different bounds: their gradients are not those of one function"
+        return ""
+
+    def _hessian(self, x: Tensor, active: Tensor, keys: _Keys, rough: bool) -> Tensor | _Products | str:
+        """The matrix, its products where it is large, or why there is none."""
+        if none := self._no_hessian():
+            return none
         try:
             return self._matrix(self.plain, self.plain.hessian_products, x, active, keys, rough)
         except (Untraceable, NotImplementedError, RuntimeError) as error:

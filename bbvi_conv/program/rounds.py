@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from bbvi_conv.program.aten_graph import Untraceable, to_graph
+from bbvi_conv.program.aten_graph import to_graph
 from bbvi_conv.program.batching import call, inputs
 from bbvi_conv.program.constants import above, changes
 from bbvi_conv.program.graph_module import WrittenLate
@@ -67,14 +67,14 @@ def with_short_rounds(
         example: its inputs.
         vectorised: ``vectorised(function, mapped)`` maps a function over the first dimension of some arguments.
     """
-    parts = {node: _Parts(node, body, length) for node, body, length in scans(graph)}
-    parts = {node: found for node, found in parts.items() if found.shorter}
-    if not parts:
-        return graph
     try:
+        parts = {node: _Parts(node, body, length) for node, body, length in scans(graph)}
+        parts = {node: found for node, found in parts.items() if found.shorter}
         run = _InParts(graph, parts, vectorised).run
-        return simplify(to_graph(run, *(x.clone() for x in example), functional=False))
-    except (Untraceable, RuntimeError):  # an operation that vmap cannot map
+        return simplify(to_graph(run, *(x.clone() for x in example), functional=False)) if parts else graph
+    except (
+        Exception
+    ):  # an operation that vmap cannot map, or whatever else is wrong with it: rounds as they are will do
         return graph
 
 
