@@ -559,6 +559,7 @@ def test_straight_through_draws_keep_what_they_were_rounded_from(objective: Any)
     assert plain - 2 < fitted.verdict.numbers["bound"]["value"] < plain + 10  # what several particles gain is less
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")  # of our hooks, which then run twice
 def test_compiled_networks_are_fitted_as_they_were_written() -> None:
     torch.manual_seed(0)
     plain = torch.nn.Linear(3, 2)

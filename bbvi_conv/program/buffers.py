@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -40,9 +39,7 @@ def called_modules(device: torch.device) -> Iterator[list[CalledModule]]:
 
     handle = register_module_forward_pre_hook(hook)
     try:
-        with warnings.catch_warnings():  # of hooks on networks that a user compiled, whose compiled code is not in use
-            warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
-            yield called
+        yield called
     finally:
         handle.remove()
 
