@@ -48,8 +48,6 @@ SURE = 10
 
 WIDE = 20_000
 """Width beyond which each evaluation is dear: looks are sparser, and curvature is asked for only when it can decide."""
-
-
 DEEP = 40
 """Operations on every number that an evaluation is taken to need; one that needs more is wider by as much."""
 

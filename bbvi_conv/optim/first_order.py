@@ -73,7 +73,7 @@ class SGD:
         self, grad: Tensor, state: tuple[Tensor, ...], x: Tensor, n: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One step downhill."""
-        return x - rule(self.step_size)(n) * shortened(grad, self.max_norm), state
+        return x - self.step_size(n) * shortened(grad, self.max_norm), state  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -124,4 +124,4 @@ class Adam:
         v = self.beta2 * state[1] + (1 - self.beta2) * grad * grad
         debiased = (v / (1 - torch.exp(n * math.log(self.beta2)))).sqrt() if self.beta2 > 0 else v.sqrt()
         mean = m / (1 - torch.exp(n * math.log(self.beta1))) if self.beta1 > 0 else m
-        return x - rule(self.step_size)(n) * mean / (debiased + self.eps), (m, v)
+        return x - self.step_size(n) * mean / (debiased + self.eps), (m, v)  # type: ignore[operator]

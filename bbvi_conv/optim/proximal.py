@@ -64,6 +64,6 @@ class ProximalSGD:
         """One step along the energy gradient, then the proximal map of the entropy."""
         if self.scales is None:
             raise unbound("ProximalSGD")
-        size, weight = rule(self.step_size)(n), self.scales.entropy
+        size, weight = self.step_size(n), self.scales.entropy  # type: ignore[operator]
         energy = self.scales.change(lambda g, s: g + weight / s, grad, x)
         return self.scales.change(lambda s: prox_minus_log(s, size * weight), x - size * energy), state

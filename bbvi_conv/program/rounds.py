@@ -32,22 +32,18 @@ from bbvi_conv.program.scan import BODIES, Body, name_of, scans
 
 _aten: Any = torch.ops.aten
 
-
-def _gives_several(operation: Any) -> bool:
-    returns = getattr(getattr(operation, "_schema", None), "returns", ())
-    return any(isinstance(one.type, torch.ListType) for one in returns)
-
-
 MOST = 2**24
 """Numbers that a tensor of all rounds may have that leaves the loop for it."""
 
 NARROW = 8
 """Numbers in the tensors of a round up to which all rounds together are quicker whatever they compute."""
 
-_FREE = {*VIEWS, _aten.expand.default} - {operator.getitem, *(op for op in VIEWS if _gives_several(op))}
+_SEVERAL = {operator.getitem, _aten.unbind.int, _aten.split_with_sizes.default, _aten.split.Tensor}
+_FREE = {*VIEWS, _aten.expand.default} - _SEVERAL
 """Operations that compute nothing, and give one tensor."""
 
 _CHEAP = {_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.neg.default, _aten.where.self}
+"""Operations that cost less than laying out what they give."""
 
 _LINEAR = (*TURNS, _aten.reshape.default, _aten.neg.default)
 """Operations of one tensor of which a sum is that of the sum."""
@@ -72,9 +68,7 @@ def with_short_rounds(
         parts = {node: found for node, found in parts.items() if found.shorter}
         run = _InParts(graph, parts, vectorised).run
         return simplify(to_graph(run, *(x.clone() for x in example), functional=False)) if parts else graph
-    except (
-        Exception
-    ):  # an operation that vmap cannot map, or whatever else is wrong with it: rounds as they are will do
+    except Exception:  # whatever cannot be taken apart, as what vmap cannot map, runs as it is
         return graph
 
 

@@ -378,7 +378,9 @@ def test_rows_outside_the_plate_may_be_scaled_by_hand_and_batches_of_one_size() 
         with poutine.scale(scale=5.0):
             pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=x[:, 1])
 
-    build(by_hand, None, (ROWS,), family=MeanField(), minibatch=Minibatch(4, plate="data"))
+    program = build(by_hand, None, (ROWS,), family=MeanField(), minibatch=Minibatch(4, plate="data"))
+    assert [site.name for site in program.structure.observed] == ["x", "y"]
+    assert program.scale == 5.0
 
 
 def test_dimensions_beside_a_plate_are_nobodys() -> None:
@@ -398,7 +400,9 @@ def test_a_vector_that_happens_to_be_as_long_as_a_batch_is_no_batch() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(x @ weights[:2, None], 1.0).to_event(1), obs=x[:, :1])
 
-    build(wide, None, (ROWS,), family=MeanField(), minibatch=Minibatch(4, plate="data"))
+    program = build(wide, None, (ROWS,), family=MeanField(), minibatch=Minibatch(4, plate="data"))
+    assert [(site.name, site.size, site.plates) for site in program.structure.latents] == [("weights", 4, ())]
+    assert program.scale == 5.0
 
 
 @pytest.mark.parametrize("plate", [True, False])
