@@ -18,7 +18,7 @@ from bbvi_conv.engine.native import cache, codec
 from bbvi_conv.engine.native.plan import Plan
 from bbvi_conv.engine.native.source import text
 
-FORMAT = "26"
+FORMAT = "27"
 """Changes with the layout of a cache entry or with the generated code."""
 
 _LIBRARY, _PLAN, _LOST = "step.so", "plan.json", ".lost"

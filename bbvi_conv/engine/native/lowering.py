@@ -6,6 +6,7 @@ without data, and what it allocates and calls is recorded; the compiled loop the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bbvi_conv.engine.native import exponential, functions, joining, products, sparse
+from bbvi_conv.engine.native import functions, joining, products, sparse, vectors
 from bbvi_conv.engine.native.hazards import overwritten_too_soon
 from bbvi_conv.engine.native.inductor import (
     DebugContext,
@@ -72,6 +73,15 @@ def _quotient(a: Tensor, b: Tensor) -> Tensor:
     return a * b.reciprocal()
 
 
+def _isnan(x: Tensor) -> Tensor:
+    """By a comparison of vectors; torch's code asks number by number."""
+    return x != x
+
+
+def _isinf(x: Tensor) -> Tensor:
+    return x.abs() == math.inf
+
+
 def _silu(x: Tensor) -> Tensor:
     """By the sigmoid, which its derivative needs as well."""
     return x * x.sigmoid()
@@ -119,6 +129,8 @@ def _decompositions() -> dict[Any, Any]:
         aten.cumsum.default: _cumsum,
         aten.cumprod.default: _cumprod,
         aten.div.Tensor: _quotient,
+        aten.isnan.default: _isnan,
+        aten.isinf.default: _isinf,
         aten.silu.default: _silu,
     }
     known = select_decomp_table()
@@ -294,5 +306,5 @@ def lower(
     if len(recorder.slots) < count or any(recorder.slot(t) != i for i, t in enumerate(everything)):
         raise CannotCompile("two inputs share memory")
     packed, scratch, taken = pack(count, {slot: size for slot, size in recorder.sizes.items() if slot >= count}, code)
-    sources = exponential.inlined(lowering.sources, vector_bits())
+    sources = vectors.mended(lowering.sources, vector_bits())
     return Plan(tuple(recorder.sizes[i] for i in range(count)), scratch, taken, packed, sources)

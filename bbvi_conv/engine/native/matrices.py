@@ -25,7 +25,17 @@ static inline int64_t part(int64_t n, int64_t count, int64_t i, int64_t unit) {
 
 // to = from transposed; `ld` and `step` are numbers from one row to the next.
 static inline void turn(const float* from, int64_t ld, float* to, int64_t step, int64_t rows, int64_t columns) {
-    if (rows > 0 && columns > 0) at::vec::transpose_mxn<float>(from, ld, to, step, rows, columns);
+    if (rows <= 0 || columns <= 0) return;
+#if defined(CPU_CAPABILITY_AVX2)  // torch has code for blocks there, and goes through the rest number by number
+    const int64_t m = rows / 8 * 8, n = columns / 8 * 8;
+    for (int64_t i = 0; i < m; i += 8)
+        for (int64_t j = 0; j < n; j += 8)
+            at::vec::transpose_mxn<float, 8, 8>(from + i * ld + j, ld, to + j * step + i, step);
+    at::vec::transpose_mxn<float>(from + n, ld, to + n * step, step, m, columns - n);
+    at::vec::transpose_mxn<float>(from + m * ld, ld, to + m, step, rows - m, columns);
+#else
+    at::vec::transpose_mxn<float>(from, ld, to, step, rows, columns);
+#endif
 }
 """
 """C++ text that several kernels need, once."""

@@ -19,6 +19,13 @@ static int step(char* const* s, Call call) {{
     return 0;
 }}
 
+// Asks for memory that is needed soon, of which rows that are drawn lie far apart.
+static inline void fetch(const char* from, int64_t size) {{
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(from + i);
+}}
+
+constexpr int64_t AHEAD = 8;
+
 // Runs `steps` steps. s: memory of the slots; moving, feed, size: slots filled anew at every step, from where, by how
 // many bytes; drawn, data, width: slots filled with `batch` rows of resident data, from where, by how many bytes a row;
 // kept, store, length: slots saved after every step, to where. Returns the steps made, fewer where one has failed.
@@ -30,8 +37,10 @@ extern "C" int64_t advance(int64_t steps, char* const* s, Call call,
     for (int64_t t = 0; t < steps; ++t) {{
         for (int64_t i = 0; i < feeds; ++i) std::memcpy(s[moving[i]], feed[i] + t * size[i], size[i]);
         for (int64_t i = 0; i < gathers; ++i)
-            for (int64_t b = 0; b < batch; ++b)
+            for (int64_t b = 0; b < batch; ++b) {{
+                if (b + AHEAD < batch) fetch(data[i] + rows[t * batch + b + AHEAD] * width[i], width[i]);
                 std::memcpy(s[drawn[i]] + b * width[i], data[i] + rows[t * batch + b] * width[i], width[i]);
+            }}
         try {{
             if (step(s, call)) return t;
         }} catch (const std::exception&) {{

@@ -40,6 +40,17 @@ DEPTH = 48
 """Rows of the dense matrix in one block: with the columns of one, they stay in the innermost cache."""
 
 HELPERS = """
+#if defined(CPU_CAPABILITY_AVX2)
+// For each mask of eight lanes the numbers of those that are in it, a byte each.
+static constexpr auto CHOSEN = [] {
+    std::array<uint64_t, 256> chosen{};
+    for (uint64_t mask = 0; mask < 256; ++mask)
+        for (uint64_t lane = 0, n = 0; lane < 8; ++lane)
+            if (mask >> lane & 1) chosen[mask] |= lane << 8 * n++;
+    return chosen;
+}();
+#endif
+
 // Numbers of a (m x k) that are not zero, for rows r0 to r1: row r has its own in at and value from r * k on,
 // those of its columns p * depth and more from begin[r * (blocks + 1) + p] on; at counts columns from there.
 static void list_rows(const float* a, int64_t step, bool turned, int64_t k, int64_t depth, int64_t r0, int64_t r1,
@@ -66,6 +77,15 @@ static void list_rows(const float* a, int64_t step, bool turned, int64_t k, int6
                 const __m512i here = _mm512_add_epi32(lane, _mm512_set1_epi32(j - first));
                 _mm512_storeu_ps(what + n, _mm512_maskz_compress_ps(mask, v));
                 _mm512_storeu_si512(where + n, _mm512_maskz_compress_epi32(mask, here));
+                n += __builtin_popcount(mask);
+            }
+#elif defined(CPU_CAPABILITY_AVX2)
+            for (; j + 8 <= last; j += 8) {
+                const __m256 v = _mm256_loadu_ps(x + j);
+                const int mask = _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+                const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(CHOSEN[mask]));
+                _mm256_storeu_ps(what + n, _mm256_permutevar8x32_ps(v, lanes));
+                _mm256_storeu_si256((__m256i*)(where + n), _mm256_add_epi32(lanes, _mm256_set1_epi32(j - first)));
                 n += __builtin_popcount(mask);
             }
 #endif

@@ -1,10 +1,15 @@
-r"""The exponential of a vector of float32 numbers inside the loop that needs it, not by a call of torch's library.
+r"""Vectors in generated loops, where torch's own are slow: exponentials, and bytes that become numbers.
+
+An exponential is computed inside the loop that needs it, not by a call of torch's library, which would spill every
+vector register: what a loop keeps in them would be loaded anew for each vector.
 
 .. math:: e^x = 2^n e^r, \qquad n = \operatorname{round}(x / \ln 2), \quad |r| \le \tfrac12 \ln 2, \qquad
    e^r \approx 1 + r + r^2 q(r)
 
-with q of degree 4, whose worst relative error, by reweighted least squares, is 3 times :math:`10^{-9}`. A call would
-spill every vector register, and what a loop keeps in them would be loaded anew for each vector.
+with q of degree 4, whose worst relative error, by reweighted least squares, is 3 times :math:`10^{-9}`.
+
+With vectors of 256 bits, eight bytes go from memory to a register at once, not by way of other memory, which is read
+before the processor has it ready.
 """
 
 from __future__ import annotations
@@ -12,7 +17,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-CALL = re.compile(r"\b(tmp\d+(?:\.neg\(\))?)\.exp\(\)")
+_EXP = re.compile(r"\b(tmp\d+(?:\.neg\(\))?)\.exp\(\)")
+
+_EIGHT_BYTES = re.compile(r"(Vectorized<u?int8_t>::loadu)(\(.*), static_cast<int64_t>\(8\)\)")
 
 _HEADER = """
 #include <torch/csrc/inductor/cpp_prefix.h>
@@ -50,9 +57,16 @@ HEADERS = {
 }
 """By the bits of a vector."""
 
+_RULES = {
+    512: [(_EXP, r"exponential(\1)")],
+    256: [(_EXP, r"exponential(\1)"), (_EIGHT_BYTES, r"\1_one_fourth\2)")],
+}
+"""What is replaced, and by what."""
 
-def inlined(sources: Sequence[str], bits: int) -> tuple[str, ...]:
-    """Texts of kernels with such calls replaced, after what they then need; ``bits`` are those of a vector."""
-    if bits not in HEADERS or not any(map(CALL.search, sources)):
-        return tuple(sources)
-    return (HEADERS[bits], *(CALL.sub(r"exponential(\1)", text) for text in sources))
+
+def mended(sources: Sequence[str], bits: int) -> tuple[str, ...]:
+    """Texts of kernels with all that done so, after what they then need; ``bits`` are those of a vector."""
+    made = tuple(sources)
+    for pattern, text in _RULES.get(bits, ()):
+        made = tuple(pattern.sub(text, source) for source in made)
+    return made if made == tuple(sources) else (HEADERS[bits], *made)

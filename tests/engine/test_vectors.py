@@ -1,4 +1,4 @@
-"""The exponential in generated code: accuracy, ends, and where it stands."""
+"""Exponentials in generated code: accuracy, ends, and where they stand; and numbers from bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bbvi_conv.engine.native import NativeLoop
-from bbvi_conv.engine.native.exponential import HEADERS, inlined
+from bbvi_conv.engine.native.vectors import HEADERS, mended
 from bbvi_conv.engine.native.lowering import vector_bits
 from bbvi_conv.program.aten_graph import to_graph
 
@@ -54,7 +54,28 @@ def test_it_stands_in_the_loop(generated: Callable[[], str]) -> None:
 
 def test_other_processors_keep_torch_s() -> None:
     texts = ["auto tmp1 = tmp0.exp();", "auto tmp2 = tmp0 * tmp0;"]
-    assert inlined(texts, 128) == tuple(texts)
+    assert mended(texts, 128) == tuple(texts)
     for bits in HEADERS:
-        assert inlined(texts[1:], bits) == tuple(texts[1:])
-        assert inlined(texts, bits)[1:] == ("auto tmp1 = exponential(tmp0);", texts[1])
+        assert mended(texts[1:], bits) == tuple(texts[1:])
+        assert mended(texts, bits)[1:] == ("auto tmp1 = exponential(tmp0);", texts[1])
+
+
+def test_bytes_become_numbers(generated: Callable[[], str]) -> None:
+    """Whole vectors of them and the rest; with vectors of 256 bits straight from memory."""
+    images = torch.arange(256, dtype=torch.uint8).repeat(3)[:-3]
+    loop = NativeLoop(to_graph(lambda x: (x.float() * 2,), images), [images], 0, 1)
+    loop.load()
+    _, (made,) = loop([], [images[None]], 1)
+    assert torch.equal(made[0], images.float() * 2)
+    assert ("loadu_one_fourth" in generated()) == (vector_bits() == 256)
+
+
+def test_asking_for_what_is_no_number_is_a_comparison(generated: Callable[[], str]) -> None:
+    x = torch.tensor([0.0, 1.0, -1.0, math.nan, math.inf, -math.inf]).repeat(7)
+    loop = NativeLoop(to_graph(lambda x: (x.isnan().float(), x.isinf().float()), x), [x], 0, 1)
+    loop.load()
+    _, (none, infinite) = loop([], [x[None]], 1)
+    assert torch.equal(none[0], x.isnan().float())
+    assert torch.equal(infinite[0], x.isinf().float())
+    assert "std::isnan" not in generated()
+    assert "std::isinf" not in generated()
