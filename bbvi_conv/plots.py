@@ -182,8 +182,9 @@ def gap(fit: Fit) -> Figure:
     axis.axhline(tol, color="black", ls="--", lw=1, label=f"tolerance {tol:g} nats")
     axis.axhline(0.0, color=GREY, lw=0.6)
     axis.set_xscale("log")
-    _step_ticks(axis, sorted({c.step for one in seeds for c in one.checks}))
     axis.set_yscale("symlog", linthresh=tol)
+    _few_ticks(axis)
+    _step_ticks(axis, sorted({c.step for one in seeds for c in one.checks}))
     top = 10 ** math.ceil(math.log10(2.0 * max(numbers)))
     low = min([0.0, *(float(e.low) for c in checks for _, of, _, _ in parts if (e := of(c)).low is not None)])
     axis.set_ylim(min(-tol, 2.0 * low), top)
@@ -295,7 +296,7 @@ def _norm_panel(axis: Axes, monitors: Sequence[MonitorState], name: str, run: Se
     constant = envelope_constant(run)
     if constant is not None:
         late = run.stops[run.stops > math.e**2]
-        axis.plot(late, envelope(late, constant), color=ORANGE, ls="--", lw=1.4, label=r"envelope $C\,\log n/\sqrt{n}$")
+        axis.plot(late, envelope(late, constant), color=ORANGE, ls="--", lw=1.4, label="envelope C log n / √n")
     top = float(np.nanmax([*means[positive], *run.values, np.nan])) if positive.any() else axis.get_ylim()[1]
     axis.set_ylim(bottom, 5.0 * top)
 
@@ -365,7 +366,7 @@ def _ratio_panel(axis: Axes, run: Series, constant: float, slope: Estimate, wind
         axis.axvspan(n[0], n[-1], color=ORANGE, alpha=0.06, lw=0)
     else:
         axis.text(0.03, 0.03, _wrapped(f"no slope: {slope.reason}", 52), transform=axis.transAxes, fontsize=8)
-    axis.set_title(r"running mean over $C\,\log n/\sqrt{n}$ (claim: slope $\leq 0$)", fontsize=10)
+    axis.set_title("running mean over C log n / √n (claim: slope ≤ 0)", fontsize=10)
     axis.set_xlabel("optimiser step")
     axis.set_ylabel("ratio")
 
@@ -403,18 +404,37 @@ def _step_ticks(axis: Axes, steps: Sequence[int]) -> None:
 
 
 def _few_ticks(*axes: Axes) -> None:
-    """On logarithmic axes one tick a decade, or where few decades are shown three, all with labels.
+    """On logarithmic axes one tick a decade, or where few decades are shown three, all with labels in plain text.
 
-    The others that matplotlib sets, most without a label, are half of the time that the figures of a fit take.
+    The others that matplotlib sets, most without a label, are half of the time that the figures of a fit take, and
+    reading formulas in labels a quarter of the rest.
     """
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, StrMethodFormatter
 
-    for axis in (one for pair in axes for one in (pair.xaxis, pair.yaxis) if one.get_scale() == "log"):
+    for axis in (one for pair in axes for one in (pair.xaxis, pair.yaxis) if one.get_scale() in ("log", "symlog")):
         axis.set_minor_locator(NullLocator())
         low, high = axis.get_view_interval()
-        if high <= FEW_DECADES * low:
+        if 0 < high <= FEW_DECADES * low:
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        else:
+            axis.set_major_formatter(FuncFormatter(_power_of_ten))
+
+
+def _power_of_ten(x: float, position: int | None = None) -> str:
+    """A label such as 10⁻³, or the number itself where it is no power of ten.
+
+    Example:
+        >>> _power_of_ten(0.001), _power_of_ten(-10.0), _power_of_ten(0.0), _power_of_ten(20.0)
+        ('10⁻³', '-10¹', '0', '20')
+    """
+    exponent = round(math.log10(abs(x))) if x else 0
+    if not math.isclose(abs(x), 10.0**exponent):
+        return f"{x:g}"
+    return f"{'-' if x < 0 else ''}10{str(exponent).translate(_RAISED)}"
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _divided(estimate: Estimate, by: float) -> Estimate:

@@ -321,5 +321,5 @@ def _data_uri(figure: Figure) -> str:
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(buffer, "png")
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(buffer, "png", compress_level=3)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
