@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bbvi_conv.engine.native import NativeLoop
-from bbvi_conv.engine.native.vectors import HEADERS, mended
 from bbvi_conv.engine.native.lowering import vector_bits
+from bbvi_conv.engine.native.vectors import HEADERS, mended
 from bbvi_conv.program.aten_graph import to_graph
 
 EPS, TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
