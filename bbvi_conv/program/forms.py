@@ -54,11 +54,18 @@ class SafeLog:
         return torch.where(x > least, x.clamp(min=least).log(), below)
 
 
-def _fill(x: Tensor, mask: Tensor, value: Any) -> Any:
-    """Functionalised in place, torch would ask a kernel in Python for the shape, and import sympy to answer."""
-    if 0 in x.stride():
-        return NotImplemented  # numbers that share their place in memory: torch allows it to this function alone
-    return x.copy_(x.masked_fill(mask, value))
+def _in_place(made: Callable[..., Tensor]) -> Callable[..., Any]:
+    """By the function that makes a new tensor, whose numbers are then copied.
+
+    Functionalised in place, torch would ask a kernel in Python for the shape, and import its compiler or sympy for it.
+    """
+
+    def form(x: Tensor, *args: Any, **named: Any) -> Any:
+        if 0 in x.stride():
+            return NotImplemented  # numbers that share their place in memory: torch's own takes or refuses them
+        return x.copy_(made(x, *args, **named))
+
+    return form
 
 
 def _lstm(*args: Any) -> Any:
@@ -72,7 +79,9 @@ FORMS: dict[Callable[..., Any], Callable[..., Any]] = {
     functional.one_hot: _one_hot,
     torch.lstm: _lstm,
     Tensor.__getitem__: _entry,
-    Tensor.masked_fill_: _fill,
+    Tensor.masked_fill_: _in_place(Tensor.masked_fill),
+    Tensor.clamp_: _in_place(Tensor.clamp),
+    Tensor.scatter_add_: _in_place(Tensor.scatter_add),
     Tensor.__ior__: Tensor.bitwise_or_,
     Tensor.__iand__: Tensor.bitwise_and_,
     Tensor.__ixor__: Tensor.bitwise_xor_,

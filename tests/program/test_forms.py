@@ -143,6 +143,27 @@ def test_numbers_filled_in_place_through_a_mask() -> None:
     assert slopes[0].abs().sum() > 0
 
 
+def test_numbers_limited_and_added_in_place() -> None:
+    """As samples of gamma and multinomial distributions are, with the gradients of what is kept."""
+    index, counts = torch.tensor([0, 2, 0, 1]), torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    def limit(x: Tensor) -> Tensor:
+        y = 2 * x
+        y[1:].clamp_(min=-1.0, max=0.5)
+        return y.scatter_add_(0, index, counts * x[0]) * x
+
+    def function(x: Tensor) -> Tensor:
+        with taped(Tape(None, {}, mark_no_grad=True)):
+            return limit(x)
+
+    x = torch.tensor([-1.0, 0.2, 2.0])
+    graph = to_graph(function, torch.zeros(3))
+    assert torch.equal(graph(x), limit(x))
+    slopes = [torch.func.grad(lambda x, f=f: f(x).sum())(x) for f in (graph, limit)]
+    assert torch.equal(*slopes)
+    assert slopes[0].abs().sum() > 0
+
+
 def test_one_hot_asks_for_no_values() -> None:
     y = torch.tensor([[0, 2], [1, 0]])
     with taped(Tape(None, {})):

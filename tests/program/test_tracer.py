@@ -98,6 +98,22 @@ schools = load_module("eight_schools")
 fit = bc.fit(schools.model, args=schools.data(), family=bc.FullRank(), max_steps=500, engine="traced", progress=False)
 assert fit.state.checks[-1].gap.available
 """
+COUNTS = """
+import sys
+import torch
+import pyro, pyro.distributions as dist
+import bbvi_conv as bc
+
+def model(counts, parts):
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    pyro.sample("parts", dist.Multinomial(4, torch.stack([rate, rate + 1])), obs=parts)
+    with pyro.plate("rows", len(counts)):
+        pyro.sample("counts", dist.NegativeBinomial(rate, probs=torch.tensor(0.4)), obs=counts)
+
+fit = bc.fit(model, args=(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([1.0, 3.0])), max_steps=50, progress=False)
+fit.to_arviz(10)
+assert "sympy" not in sys.modules
+"""
 SHOW = """
 print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
 """
@@ -106,7 +122,9 @@ print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modu
 @pytest.mark.skipif(
     not hasattr(TorchDispatchMode, "_should_skip_dynamo"), reason="this torch wraps every mode by its compiler"
 )
-@pytest.mark.parametrize("script", [FIRST_STEP, SCAN, FIT], ids=["first step", "scan", "fit with a check"])
-def test_uncompiled_steps_and_checks_import_no_compiler(script: str) -> None:
+@pytest.mark.parametrize(
+    "script", [FIRST_STEP, SCAN, FIT, COUNTS], ids=["first step", "scan", "fit with a check", "new data"]
+)
+def test_what_is_not_compiled_imports_no_compiler(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", script + SHOW], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
