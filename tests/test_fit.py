@@ -533,6 +533,20 @@ def test_programs_of_minibatches_made_in_several_threads_take_turns() -> None:
     assert not _PYRO_STACK
 
 
+def test_modules_that_other_threads_call_are_not_of_the_program() -> None:
+    """Torch's hooks are for all threads; the graph of another fit would have its constants put back as it is traced."""
+    own, other = nn.Tanh(), nn.Tanh()
+
+    def model(x: Tensor) -> None:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(other, torch.ones(1)).result()
+        normal_mean(own(x))
+
+    program = build(model, None, (rows(),), family=bc.MeanField())
+    assert own in program.modules
+    assert other not in program.modules
+
+
 @pytest.mark.parametrize("objective", [bc.ELBO(), bc.IWAE(num_particles=3)])
 def test_straight_through_draws_keep_what_they_were_rounded_from(objective: Any) -> None:
     """Log q is taken at the soft draw, as in plain Pyro; at the rounded one it would be minus infinity."""

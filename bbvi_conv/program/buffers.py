@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,12 +28,16 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def called_modules(device: torch.device) -> Iterator[list[CalledModule]]:
-    """Collect every module called inside, once each, in order of the first call, and move it to ``device``."""
+    """Collect every module called inside, once each, in order of the first call, and move it to ``device``.
+
+    The hook is one for all threads: what others call meanwhile, as the graphs of other fits, is not of this program.
+    """
+    thread = threading.get_ident()
     found: dict[int, CalledModule] = {}
     called: list[CalledModule] = []
 
     def hook(module: nn.Module, inputs: Any) -> None:
-        if id(module) not in found:
+        if threading.get_ident() == thread and id(module) not in found:
             move(module, device)
             found[id(module)] = CalledModule(module, own_buffers(module))
             called.append(found[id(module)])
