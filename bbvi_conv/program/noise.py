@@ -60,7 +60,8 @@ class NoiseLayout(NamedTuple):
         size = self.normal + self.uniform
         if not 0 < draws * size <= MOST_SPREAD:
             return self.draw(generator, count, draws, dtype=dtype)
-        sobol = SobolEngine(draws * size, scramble=True, seed=generator.initial_seed())  # type: ignore[no-untyped-call]
+        with ALONE:  # torch makes the first point in its default dtype
+            sobol = SobolEngine(draws * size, scramble=True, seed=generator.initial_seed())  # type: ignore[no-untyped-call]
         points = sobol.draw(count, dtype=torch.float64).reshape(count, draws, size) + HALF_CELL
         points = _inside(points.to(generator.device, dtype))
         return Noise(torch.special.ndtri(points[..., : self.normal]), points[..., self.normal :])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from scipy import stats
 
 from bbvi_conv.program.noise import MOST_SPREAD, Noise, NoiseLayout, generator
+from bbvi_conv.program.program import quiet_pyro
 
 LAYOUT = NoiseLayout(3, 2)
 
@@ -54,3 +59,19 @@ def test_the_same_key_gives_the_same_noise_in_the_open_interval(dtype: torch.dty
 def test_where_there_are_no_such_points_noise_is_drawn_as_ever(layout: NoiseLayout) -> None:
     drawn = layout.draw(generator(0, "evaluate", 3), 5, 2, dtype=torch.float64)
     assert torch.equal(spread(3, 5, layout).normal, drawn.normal)
+
+
+def test_the_same_key_gives_the_same_noise_while_another_thread_has_its_turn() -> None:
+    """Which has another default dtype."""
+    alone, begun = spread(1).normal, threading.Event()
+
+    def turn() -> None:
+        with quiet_pyro({"params": {}, "constraints": {}}, torch.float64, torch.device("cpu")):
+            begun.set()
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor(1) as threads:
+        done = threads.submit(turn)
+        begun.wait()
+        assert torch.equal(spread(1).normal, alone)
+        done.result()
