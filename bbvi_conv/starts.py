@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bbvi_conv.program.buffers import buffers_kept
-from bbvi_conv.program.noise import random_state
+from bbvi_conv.program.noise import ALONE, random_state
 from bbvi_conv.program.program import Program
 from bbvi_conv.recipe import Recipe
 from bbvi_conv.run import Settings
@@ -40,7 +40,7 @@ def starts(program: Program, settings: Settings, recipe: Recipe, init: Fit | Non
         return [warm_start(program, init, settings.seed)] * settings.num_seeds
     found = [program.initial()]
     for seed in range(settings.seed + 1, settings.seed + settings.num_seeds):
-        with warnings.catch_warnings():
+        with ALONE, warnings.catch_warnings():  # filters are those of all threads
             warnings.simplefilter("ignore")  # the first build has told them
             other = recipe.remade(seed).program(settings, seed)
         if [(leaf.name, leaf.tensor.shape) for leaf in other.leaves] != [
