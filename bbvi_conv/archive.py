@@ -21,7 +21,6 @@ from torch import Tensor
 
 from bbvi_conv.checkpoint import Rows, pack, unpack
 from bbvi_conv.monitor.state import Look, MonitorState, columns, to_rows
-from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.noise import Noise
 from bbvi_conv.program.program import Program
 from bbvi_conv.recipe import ModelSource, Recipe
@@ -242,10 +241,10 @@ def fingerprint(program: Program) -> dict[str, Any]:
     x = 0.1 * torch.sin(torch.arange(1.0, len(program.initial()) + 1.0)).to(program.initial())
     drawn = program.layout.draw(torch.Generator().manual_seed(0), dtype=program.dtype)  # the same on every device
     noise, batch = Noise(*(part.to(program.device) for part in drawn)), program.example()[1]
-    with torch.no_grad(), buffers_kept(program.modules):
+    with torch.no_grad(), program.networks_kept():
         seen = program.site_values(x, noise, batch)
     densities = {"log_p": float(seen.log_p), "log_q": float(seen.log_q)}
-    fixed = not any(obstacle.startswith("buffer") for obstacle in program.obstacles)
+    fixed = not program.changes_buffers
     return {
         "parameters": {leaf.name: list(leaf.tensor.shape) for leaf in program.leaves},
         **{name: value if fixed and math.isfinite(value) else None for name, value in densities.items()},

@@ -111,7 +111,7 @@ def _check_entropy(program: Program, scales: Scales) -> None:
 
 def _log_q_gradient(program: Program, x: Tensor) -> Tensor:
     """Gradient of log q along its own draw, on the unconstrained space: point masses and their volumes left out."""
-    with torch.enable_grad():
+    with torch.enable_grad(), program.networks_kept():
         x = x.detach().requires_grad_()
         drawn = random_sites(program.drawn(x, *program.example()))
         sites = [site for site in drawn if not isinstance(innermost(site["fn"]), Delta)]

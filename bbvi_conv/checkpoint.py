@@ -16,6 +16,8 @@ from bbvi_conv.run import FitState, joined
 Rows = list[list[float | int | None]]
 """The looks of one seed as :func:`~bbvi_conv.monitor.state.to_rows` writes them."""
 
+_BUFFERS = "buffers."
+
 VERSION = 1
 """Layout of the checkpoint; raised when an older one can no longer be read."""
 
@@ -34,6 +36,7 @@ def pack(state: FitState, tables: Sequence[Rows] | None = None) -> tuple[dict[st
             tensors[f"{head}previous"] = one.previous
         if one.best is not None:
             tensors[f"{head}best"] = one.best
+        tensors |= {f"{head}{_BUFFERS}{name}": tensor for name, tensor in one.buffers.items()}
         metas.append(_pack_seed(one, to_rows(one.monitor) if tables is None else tables[index]))
     return tensors, {"version": VERSION, **metas[0], "others": metas[1:]}
 
@@ -90,4 +93,9 @@ def _unpack_seed(tensors: dict[str, Tensor], meta: dict[str, Any], head: str) ->
         done=meta["done"],
         best=tensors.get(f"{head}best"),
         best_step=meta.get("best_step", 0),
+        buffers={
+            name.removeprefix(head + _BUFFERS): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(head + _BUFFERS)
+        },
     )

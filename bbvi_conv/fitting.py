@@ -20,6 +20,7 @@ from bbvi_conv.objectives import Objective
 from bbvi_conv.program.buffers import CalledModule, own_buffers, restore_buffers
 from bbvi_conv.program.build import positional
 from bbvi_conv.program.device import cpu_by_default, home
+from bbvi_conv.program.noise import generator
 from bbvi_conv.program.program import Params
 from bbvi_conv.progress import Progress
 from bbvi_conv.recipe import ModelSource, Recipe
@@ -201,7 +202,7 @@ class Fit:
     ) -> None:
         self.run, self.state, self.archive, self.source = run, state, archive, source
         self.interrupted = interrupted
-        self.program, self.settings = run.program, run.settings
+        self.program, self.settings = run.program.with_buffers(state.buffers), run.settings
         self._losses = run.compare(state) if state.others else None
         self.best = 0 if self._losses is None else highest(self._losses, [one.frozen for one in state.seeds])
         self.x = returned(state.seeds[self.best], run.settings).detach().clone()
@@ -326,7 +327,8 @@ class Fit:
         """What convergence theorems ask of this fit, at its parameters; see :func:`bbvi_conv.assumptions`."""
         from bbvi_conv.theory import of_fit
 
-        return of_fit(self, log_concave)
+        with self.program.networks_kept():
+            return of_fit(self, log_concave)
 
     @cpu_by_default
     def resume(self, steps: int | None = None, *, progress: bool = True, on_look: OnLook | None = None) -> Fit:
@@ -366,7 +368,15 @@ class Fit:
         signal = signal_to_noise(self.state.monitor, "phi")
         parts = self.run.trends(self.state) if self.run.held_out is not None else {}
         seen = Evidence(self.state.checks, trend, reason, self.run.failure(self.state), self.interrupted, signal)
-        return seen._replace(parts=parts, best_step=self.state.best_step)
+        outside = "" if seen.failure or not seen.checks else self._leaves_support()
+        return seen._replace(parts=parts, best_step=self.state.best_step, outside=outside)
+
+    def _leaves_support(self) -> str:
+        """Which site has no density at some of a few draws."""
+        program = self.program
+        noise = program.layout.draw(generator(self.settings.seed, "support", 0, program.device), 8, dtype=program.dtype)
+        with program.networks_kept():
+            return program.leaves_support(self.x, noise, program.example()[1])
 
     def _verdict(self) -> Verdict:
         evidence = self._evidence()
@@ -514,6 +524,6 @@ def load(
         state = run.start(*starts(program, plan.settings, plan.recipe))
     result = Fit(run, state, archive=archive, source=plan.recipe.source)
     if plan.settings.update_modules:
-        program.write_back(result.x)
+        result.program.write_back(result.x)
     result.decide()
     return result

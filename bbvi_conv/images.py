@@ -15,7 +15,6 @@ from torch import Tensor
 
 from bbvi_conv.evaluate.subject import Source, Subject, drawn, subject
 from bbvi_conv.posterior.sites import replay
-from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, generator
 from bbvi_conv.program.program import Program
@@ -118,7 +117,7 @@ def _noise(program: Program, seed: int) -> Noise:
 
 def observed(program: Program, x: Tensor, latents: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
     """Values of the last observed site, and their means under the model at these latents; each ``(B, ...)``."""
-    with torch.no_grad(), buffers_kept(program.modules):
+    with torch.no_grad(), program.networks_kept():
         trace = replay(program, x, latents, batch)
     node = trace.nodes[program.structure.observed[-1].name]
     return node["value"], node["fn"].mean

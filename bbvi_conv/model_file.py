@@ -243,21 +243,13 @@ def _reported(path: Path, what: str) -> Iterator[None]:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the generators of torch (CPU), numpy and Python, and put them back as found."""
-    import random
-
-    import numpy as np
     import torch
 
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - the generator that plain np.random.* in a user's file draws from
-    random.seed(seed)
-    try:
+    from bbvi_conv.program.noise import beside_torch
+
+    with beside_torch(seed), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -27,10 +28,12 @@ from bbvi_conv.monitor.trend import Plateau, plateau
 from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
 from bbvi_conv.objectives.objective import checked_objective, shown
 from bbvi_conv.optim import Adam, Constant, InverseSqrt, Optimiser, empty_average
+from bbvi_conv.program.buffers import put_buffers
 from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.minibatch import Minibatch
 from bbvi_conv.program.noise import BLOCK
 from bbvi_conv.program.program import Program
+from bbvi_conv.program.trace import TracedLogWeights
 from bbvi_conv.verdict import is_better, is_cut_off, is_done, is_over, is_worse
 
 SPARSE = Strata(min_length=100, growth=0.25)
@@ -164,6 +167,7 @@ class FitState(NamedTuple):
         best: returned parameters of the window that held-out rows like best, where there are such rows; of two windows
             that they do not tell apart the first.
         best_step: step at which that window ended.
+        buffers: of the networks, where steps change them, as running averages; kept by the first seed.
         others: the states of the seeds after the first.
     """
 
@@ -177,6 +181,7 @@ class FitState(NamedTuple):
     done: bool = False
     best: Tensor | None = None
     best_step: int = 0
+    buffers: Mapping[str, Tensor] = {}
     others: tuple[FitState, ...] = ()
 
     @property
@@ -285,6 +290,7 @@ class Run:
         if self.schedule.at(0, ()).analytic_kl:
             program.analytic = closed_form_sites(program)
         self._stages: dict[Objective, _Stage] = {}
+        self._stale = False
         self._enter(self.schedule.at(0, ()))
         self.compile_seconds = clock() - start
 
@@ -340,7 +346,7 @@ class Run:
             raise ValueError(f"a run of {len(self.seeds)} seeds needs as many starts, got {len(starts)}")
         monitor = MonitorState(judges_held_out=self.held_out is not None)
         state = joined([FitState(start_carry(self.rule, x), monitor=monitor) for x in starts])
-        return state._replace(seconds={"compile": self.compile_seconds})
+        return state._replace(seconds={"compile": self.compile_seconds}, buffers=self.program.changing_buffers())
 
     def advance(self, state: FitState, max_steps: int, on_event: Callable[[FitState, bool], None]) -> FitState:
         """Go on until done, not finite, or ``max_steps``; ``on_event(state, looked)`` after every chunk.
@@ -349,6 +355,7 @@ class Run:
         """
         left = [not one.ended and one.step < max_steps for one in state.seeds]
         state = self._each(state, left, lambda _, one: _without_late_checks(one))
+        put_buffers(self.program.modules, state.buffers)
         while any(left := [not one.ended and one.step < max_steps for one in state.seeds]):
             step = min(one.step for one, goes in zip(state.seeds, left, strict=True) if goes)
             active = [goes and one.step == step for one, goes in zip(state.seeds, left, strict=True)]
@@ -424,7 +431,8 @@ class Run:
             record = ((step, steps, float(column[:steps].mean())),) if steps else ()
             return one._replace(carry=own, losses=(*one.losses, *record))
 
-        return self._timed(self._each(state, active, move), "steps", start)
+        state = self._each(state, active, move)._replace(buffers=self.program.changing_buffers())
+        return self._timed(state, "steps", start)
 
     def _look(self, state: FitState, active: Sequence[bool], index: int, step: int) -> FitState:
         start = self.clock()
@@ -449,6 +457,15 @@ class Run:
         return look(step, index, self.strata.bounds(index), grams, bound=bound, bound_error=error, noise=noise)
 
     def _check(self, seed: int, state: FitState, x: Tensor, *, final: bool = False) -> FitState:
+        weights = self.engine.calculus.log_weights
+        if isinstance(weights, TracedLogWeights) and not self._stale and weights.differs(x):
+            self._stale = True
+            warnings.warn(
+                f"at step {state.step:,} the model has other densities than the graph that was traced before the first "
+                "one: a number that it reads from Python has changed since, which steps do not follow; fit with "
+                'engine="eager", or leave the change out',
+                stacklevel=2,
+            )
         best = state.previous if state.best_step == state.window_start else state.best
         check = self.judge.of_seed(seed).check(state.step, x, state.previous, best, final=final)
         return state._replace(checks=(*state.checks, check))

@@ -57,7 +57,7 @@ def _renewed(program: Program, seed: int) -> Iterator[None]:
     """The program's networks as they are newly made under a seed; as found at the end."""
     before = program.initial()
     own = {id(leaf.tensor) for leaf in program.leaves}
-    with buffers_kept(program.modules), random_state(program.device, seed):
+    with program.networks_kept(), random_state(program.device, seed):
         try:
             for module in program.modules:
                 _reset(module, own)

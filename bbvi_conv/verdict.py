@@ -47,6 +47,7 @@ class Evidence(NamedTuple):
         signal: signal-to-noise ratio of phi's gradient over the last looks.
         parts: where held-out rows judge, the plateau test of every group of parameters.
         best_step: where held-out rows judge, the step at which the window that they like best ended.
+        outside: which site has no density where the guide draws, else empty.
     """
 
     checks: Sequence[Check]
@@ -57,6 +58,7 @@ class Evidence(NamedTuple):
     signal: Estimate | None = None
     parts: Mapping[str, Plateau] = {}
     best_step: int = 0
+    outside: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,15 +161,16 @@ def is_done(checks: Sequence[Check], trend: Trend, tolerance: float) -> bool:
     """The stopping rule.
 
     With a remaining gap: its whole interval lies under the tolerance and the paired improvement is not significantly
-    above it. Without one: no window of the last three doublings improved by the tolerance, intervals included, and the
-    squared gradient norm has not stalled above zero. Where all parameters are cut off nothing is done.
+    above it, nor a loss of more, which says that the gradient is not that of the bound. Without one: no window of the
+    last three doublings improved by the tolerance, intervals included, and the squared gradient norm has not stalled
+    above zero. Where all parameters are cut off nothing is done.
     """
     if not checks:
         return False
     last = checks[-1]
     if last.gap.high is not None:
-        compared = last.improvement.value is not None and not is_better(last.improvement, tolerance)
-        return last.gap.high < tolerance and compared
+        changed = is_better(last.improvement, tolerance) or is_worse(last.improvement, tolerance)
+        return last.gap.high < tolerance and last.improvement.value is not None and not changed
     if is_cut_off(last):
         return False
     recent = checks[-DOUBLINGS:]
@@ -211,8 +214,11 @@ def decide(
         advice = "start elsewhere, with smaller steps, or bound by what keeps a gradient, as softplus or a sigmoid does"
         return Verdict("stalled", (*reasons, advice, *_stopped(evidence)))
     if is_done(evidence.checks, evidence.trend, tolerance) and not is_worse(last.over_best, tolerance):
+        if evidence.outside:
+            return Verdict("wrong_family", (*reasons, evidence.outside))
         outcome, said = _family(khat, khat_threshold, effective)
         return Verdict(outcome, (*reasons, said))
+    reasons += [evidence.outside] * bool(evidence.outside)
     reasons.append(f"gradient norm: {evidence.trend_reason}")
     if (fall := _worst_fall(evidence, tolerance)) is not None:
         reasons.append(

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from bbvi_conv.engine.compiled_map import CompiledMap, compiled_where_it_pays, f
 from bbvi_conv.engine.streams import Feed, Stream
 from bbvi_conv.objectives.objective import Objective
 from bbvi_conv.program.aten_graph import Untraceable
-from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.graphs import widest
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise
@@ -206,7 +206,7 @@ class Calculus:
                 return _joined(parts)
             except RuntimeError:  # an operation that vmap cannot map
                 self.vectorise = False
-        with buffers_kept(() if self.traced else self.program.modules):
+        with nullcontext() if self.traced else self.program.networks_kept():
             return over_draws(function, flags, vectorise=False)(*flat(slice(count)))
 
     @staticmethod
@@ -292,7 +292,7 @@ class Calculus:
         """Vectors to their products at given inputs: by handlers all in one run, by graphs mapped or one by one."""
 
         def by_handlers(vectors: Tensor) -> Tensor:
-            with buffers_kept(self.program.modules):
+            with self.program.networks_kept():
                 return products(*inputs, vectors)
 
         def by_graph(vectors: Tensor) -> Tensor:

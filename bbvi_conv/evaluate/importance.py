@@ -13,7 +13,6 @@ from bbvi_conv.evaluate.subject import Source, Subject, subject
 from bbvi_conv.objectives.checks import check_count
 from bbvi_conv.posterior.draws import Mapped
 from bbvi_conv.program.aten_graph import Untraceable
-from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.device import cpu_by_default
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, generator
@@ -98,7 +97,7 @@ class Weights:
     def __call__(self, noise: Noise, batch: Batch) -> Tensor:
         """Mapped over the noise's first dimension."""
         fixed = [*batch.args, *([] if batch.indices is None else [batch.indices])]
-        with torch.no_grad(), buffers_kept(self.program.modules):
+        with torch.no_grad(), self.program.networks_kept():
             if self._mapped is None:
                 self._mapped = Mapped(self._one, list(noise), fixed, trace=self.traced, runs=self.runs)
             return self._mapped(list(noise), fixed)["log_w"]

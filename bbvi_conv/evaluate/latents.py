@@ -13,7 +13,6 @@ from torch.distributions import Independent
 from bbvi_conv.evaluate.subject import Source, Subject, subject
 from bbvi_conv.objectives.checks import check_count
 from bbvi_conv.posterior.sites import replay
-from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.device import cpu_by_default
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, generator
@@ -97,7 +96,7 @@ def _of_part(found: Subject, noise: Noise, batch: Batch) -> dict[str, tuple[Tens
     """Per site: log q - log p and conditional means, each ``(S, B, d)`` in float64."""
     program, names = found.program, [site.name for site in found.program.structure.latents]
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}
-    with torch.no_grad(), buffers_kept(program.modules):
+    with torch.no_grad(), program.networks_kept():
         for draw in range(len(noise.normal)):
             guide = program.drawn(found.x, noise.at(draw), batch)
             values = {name: guide.nodes[name]["value"] for name in names}

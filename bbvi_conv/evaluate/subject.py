@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,6 @@ from pyro import poutine
 from torch import Tensor
 
 from bbvi_conv.fitting import Fit
-from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.build import build, positional
 from bbvi_conv.program.minibatch import Batch, Minibatch
 from bbvi_conv.program.noise import Noise
@@ -97,7 +97,10 @@ def subject(
         guide = _prior(model, guide, _first_rows(args, 2), kwargs, dtype, device, loop)
     minibatch = Minibatch(min(batch, _rows(args)), plate=unit[0]) if unit else None
     loop = loop and minibatch is not None
-    program = build(model, guide, args, kwargs, minibatch=minibatch, dtype=dtype, device=device, loop=loop)
+    with source.program.networks_kept() if isinstance(source, Fit) else nullcontext():
+        program = build(model, guide, args, kwargs, minibatch=minibatch, dtype=dtype, device=device, loop=loop)
+    if isinstance(source, Fit):
+        program = program.with_buffers(source.program.buffers_for(program))
     return Subject(program, _parameters(program, source))
 
 
@@ -115,7 +118,7 @@ def _parameters(program: Program, source: Source) -> Tensor:
 
 def drawn(program: Program, x: Tensor, noise: Noise, batch: Batch) -> dict[str, Tensor]:
     """Values of the latent sites at one draw of the guide, by name."""
-    with torch.no_grad(), buffers_kept(program.modules):
+    with torch.no_grad(), program.networks_kept():
         trace = program.drawn(x, noise, batch)
     return {site.name: trace.nodes[site.name]["value"] for site in program.structure.latents}
 

@@ -152,7 +152,7 @@ class _StockDraws:
         """Refuse noise in one more run at given values of the sites: it would be other noise than that of the first."""
         before = generator_state(self._device)
         yield
-        if not torch.equal(before, generator_state(self._device)):
+        if generator_state(self._device) != before:
             raise ValueError(
                 f"{NOISY_GUIDE}; so it is with a model: use the pathwise estimator, or leave the noise out"
             )

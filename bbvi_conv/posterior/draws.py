@@ -14,7 +14,6 @@ from torch import Tensor
 from bbvi_conv.engine.compiled_map import compiled_where_it_pays
 from bbvi_conv.posterior.sites import Variable, inspect_sites, replay, variable
 from bbvi_conv.program.aten_graph import to_graph
-from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.graphs import simplify, widths
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, NoiseLayout, generator, random_state
@@ -166,7 +165,7 @@ def row_parts(program: Program, x: Tensor, rows: Tensor | None) -> list[Tensor |
 def describe(program: Program, x: Tensor, batch: Batch) -> tuple[dict[str, Variable], dict[str, Tensor]]:
     """The sites of the model and its data, as one draw at ``x`` shows them."""
     noise = program.layout.draw(generator(0, STREAM, 0, program.device), dtype=program.dtype)
-    with torch.no_grad(), buffers_kept(program.modules):
+    with torch.no_grad(), program.networks_kept():
         return inspect_sites(program, x, program.site_values(x.detach(), noise, batch), batch)
 
 
@@ -195,7 +194,11 @@ class _Sampler:
             groups["replicated"] = _values(trace, self.free)
             drawn = [site.name for site in self.program.structure.enumerated]
             groups["latent"] = seen.latent | _values(trace, drawn)
-            groups["deterministic"] = _values(trace, seen.deterministic)
+            if drawn:  # what follows from them is known only now, from the data as they are
+                if self.free:
+                    again = seen.latent | {name: trace.nodes[name]["value"] for name in drawn}
+                    trace = replay(self.program, self.x, again, part)
+                groups["deterministic"] = _values(trace, seen.deterministic)
         out = {
             f"{group}:{name}": cut(value, variable(self.sites, group, name), self.kept, group)
             for group, named in groups.items()
@@ -214,7 +217,7 @@ class _Sampler:
             return self.values(noise, more, Batch(data[:count], data[count] if len(data) > count else None))
 
         seed = int(torch.randint(2**62, (), generator=replication, device=program.device))
-        with torch.no_grad(), buffers_kept(program.modules), random_state(program.device, seed):  # beside the tape
+        with torch.no_grad(), program.networks_kept(), random_state(program.device, seed):  # beside the tape
             layout, complete = NoiseLayout(0, 0), True
             if self.again:
                 latents = program.site_values(self.x, noise.at(0), batch).latent

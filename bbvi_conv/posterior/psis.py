@@ -21,13 +21,14 @@ from torch import Tensor
 from bbvi_conv.monitor.distance import finite_size, rounding_error
 from bbvi_conv.monitor.intervals import Estimate, unavailable
 from bbvi_conv.posterior.draws import STREAM, Mapped, draw, local, row_step
-from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import Noise, generator
 from bbvi_conv.program.program import Program
 
 MIN_UNITS, MAX_UNITS = 100, 200
 MIN_DRAWS = 25
+MOST_HANDLED = 4000
+"""Runs by Pyro's handlers, of many milliseconds each, beyond which k-hat is of fewer units."""
 _LEAST = math.exp(20.0) * float(np.finfo(np.float64).tiny)
 _KEY = 1_000_003  # a block of the stream that no export reaches
 
@@ -179,8 +180,9 @@ def _unit_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[N
     else:
         needed = program.minibatch.size * math.ceil(MIN_UNITS / per_part)
         rows = torch.randperm(program.total, generator=chooser)[:needed]
+        most = max(1, MOST_HANDLED // count) if program.obstacles else len(rows)
         whole = len(rows) // program.minibatch.size * program.minibatch.size
-        parts = list(torch.split(rows[:whole], program.minibatch.size))
+        parts = [*torch.split(rows[:whole], program.minibatch.size)][:most]
     picked = torch.randperm(per_part, generator=chooser)[: math.ceil(MAX_UNITS / len(parts))].to(program.device)
     theta, phi = program.split(x)
     number = len(program.batch(parts[0]).args)
@@ -196,7 +198,7 @@ def _unit_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[N
         batch = program.batch(part)
         noise = program.layout.draw(generator(seed, STREAM, _KEY + index, program.device), count, dtype=program.dtype)
         fixed = [*batch.args, *([batch.indices] if batch.indices is not None else [])]
-        with torch.no_grad(), buffers_kept(program.modules):
+        with torch.no_grad(), program.networks_kept():
             if mapped is None:  # all parts have the same shapes
                 mapped = Mapped(function, list(noise), fixed, trace=not program.obstacles, runs=count * len(parts))
             out = mapped(list(noise), fixed)

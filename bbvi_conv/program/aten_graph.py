@@ -185,6 +185,6 @@ def _fix_ends(node: Node) -> None:
 
 
 def first_sentence(error: Exception) -> str:
-    """Type and first sentence of an error, in one line."""
-    text = " ".join(str(error).split()).split(". ")[0]
+    """Type and first sentence of an error, in one line, without the table of shapes that Pyro adds."""
+    text = " ".join(str(error).split()).split(" Trace Shapes:")[0].split(". ")[0]
     return f"{type(error).__name__}: {text[:200]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -65,6 +65,19 @@ def restore_buffers(called: Sequence[CalledModule]) -> None:
         for name, now in module.named_buffers(recurse=False):
             if name in buffers:
                 now.copy_(buffers[name])
+
+
+def buffers_of(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Copies of the own buffers of all modules, by the number of the module and the name."""
+    return {f"{i}.{name}": b for i, module in enumerate(modules) for name, b in own_buffers(module).items()}
+
+
+def put_buffers(modules: Sequence[nn.Module], values: Mapping[str, Tensor]) -> None:
+    """Write what :func:`buffers_of` gave back into the modules."""
+    for i, module in enumerate(modules):
+        for name, now in module.named_buffers(recurse=False):
+            if f"{i}.{name}" in values:
+                now.copy_(values[f"{i}.{name}"])
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from bbvi_conv.program.structure import (
     as_leaf,
     check_guide,
     check_site,
+    check_support,
     discrete_latent,
     innermost,
     is_deterministic,
@@ -53,6 +54,7 @@ from bbvi_conv.program.structure import (
     revalued,
     strata_of,
 )
+from bbvi_conv.program.surroundings import numbers
 from bbvi_conv.program.tape import Tape, TapeEnds, taped
 
 SMALL = 1000
@@ -251,16 +253,26 @@ def _build(
     own_rows = _own_rows((fed.eager.guide_trace, fed.eager.model_trace), minibatch)
     if own_rows and not loop:
         plate, fn = next(iter(own_rows.items()))
+        if minibatch is not None:
+            raise ValueError(
+                f"plate {plate!r} subsamples {fn.subsample_size} of {fn.size} rows beside plate {minibatch.plate!r}: "
+                f"only one plate can be subsampled; let {plate!r} take all its rows"
+            )
         raise ValueError(
             f"plate {plate!r} subsamples {fn.subsample_size} of {fn.size} rows; "
             f'pass minibatch=Minibatch({fn.subsample_size}, plate="{plate}")'
         )
     _warn_of_constants(fed.eager)
     program = _program(model, args, kwargs, fed, minibatch, dtype, device, own_rows)
-    if check(program) and not program.untaped:
-        fed.eager.tape.untaped.add("a random function of torch's that holds others")
+    before = numbers(model, fed.eager.guide, *program.modules)
+    draws = check(program)
+    after = numbers(model, fed.eager.guide, *program.modules)
+    moving = sorted({name for (_, name), value in after.items() if before.get((_, name), value) != value})
+    if draws and not program.untaped:
+        fed.eager.tape.untaped.add("a random function of torch's that holds others, or of NumPy's or Python's")
         program = _program(model, args, kwargs, fed, minibatch, dtype, device, own_rows)
         check(program)
+    program.obstacles += tuple(f"the number {name!r} changes as the program runs" for name in moving)
     restore_buffers(fed.eager.modules)
     return program
 
@@ -293,6 +305,7 @@ def _fed(
     eager, by_index = _with_minibatch(attempt, args, minibatch, total, rows)
     _check_local_latents(eager, minibatch, by_index)
     _check_rows_lie_in_plate(attempt, eager, args, minibatch, total, rows if by_index else None)
+    _check_supports(eager, args, minibatch, total)
     if by_index:
         return _Fed(eager, Batch(indices=rows), (), total, True)
     batched = tuple(i for i, a in enumerate(args) if _is_row_tensor(a, total))
@@ -542,6 +555,18 @@ def _check_plate(eager: _Pass, name: str) -> None:
     if any(f.name == name for trace in traces for s in random_sites(trace) for f in s["cond_indep_stack"]):
         raise ValueError(f'plate {name!r} has no size: write pyro.plate("{name}", len(x)) over the gathered rows')
     raise ValueError(f"the model has no plate {name!r} to subsample; its plates are {sorted(plates) or 'none'}")
+
+
+def _check_supports(eager: _Pass, args: tuple[Any, ...], minibatch: Minibatch, total: int) -> None:
+    """Refuse data outside their support in rows that the pass has not seen, where a site observes an argument."""
+    whole = [a for a in args if _is_row_tensor(a, total)]
+    for site in random_sites(eager.model_trace):
+        value = site["value"]
+        for data in whole if site["is_observed"] and site.get("mask") is None else ():
+            rows = data[: minibatch.size]
+            if rows.shape == value.shape and torch.equal(rows.to(value), value):
+                with suppress(RuntimeError):  # a support with a bound of its own for every row
+                    check_support({**site, "value": data.to(value)})
 
 
 def _check_rows_lie_in_plate(

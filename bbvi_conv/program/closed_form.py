@@ -26,7 +26,7 @@ def closed_form_sites(program: Program) -> tuple[str, ...]:
     """
     _, batch = program.example()
     args = program.positional(batch)
-    with program.handlers(None, batch):
+    with program.networks_kept(), program.handlers(None, batch):
         drawn = revalued(poutine.trace(program.guide).get_trace(*args, **program.kwargs), as_leaf)
         leaves = [s["value"] for s in random_sites(drawn) if not s["is_observed"] and s["value"].requires_grad]
         guide = poutine.trace(poutine.replay(program.guide, trace=drawn)).get_trace(*args, **program.kwargs)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.minibatch import Batch
 from bbvi_conv.program.noise import random_state
 from bbvi_conv.program.program import Program
-from bbvi_conv.program.terms import Terms
 
 
 def total_and_slopes(run: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -38,9 +38,11 @@ def differing(found: Sequence[Tensor], right: Sequence[Tensor]) -> list[int]:
     return [index for index in range(len(right)) if differ(index)]
 
 
-def generator_state(device: torch.device) -> Tensor:
-    """The state of torch's generator for a device: as it was where nothing has been drawn."""
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+def generator_state(device: torch.device) -> tuple[object, ...]:
+    """The states of torch's generator for a device, NumPy's and Python's: as they were where nothing has been drawn."""
+    own = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    numpys = np.random.get_state(legacy=False)  # noqa: NPY002 - what plain np.random.* draws from
+    return own.numpy().tobytes(), str(numpys), numpys["state"]["key"].tobytes(), random.getstate()
 
 
 def check(program: Program) -> bool:
@@ -49,8 +51,8 @@ def check(program: Program) -> bool:
     A program whose densities are not the same in two runs is left alone.
 
     Returns:
-        Whether a run draws from torch's own generator although all its noise is given: inside a function of torch's.
-        Its gradients are then not compared, for its noise is another every time.
+        Whether a run draws from torch's own generator although all its noise is given, inside a function of torch's, or
+        from NumPy's or Python's. Its gradients are then not compared, for its noise is another every time.
     Raises:
         ValueError: naming the parameter whose gradient differs.
     """
@@ -60,21 +62,23 @@ def check(program: Program) -> bool:
     theta, phi, values = _parameters(program, moved)
     owned = {leaf.name: leaf.tensor for leaf in program.leaves if leaf.tensor.requires_grad}
 
-    def run(theta: dict[str, Tensor], phi: dict[str, Tensor]) -> Terms:
-        return program.log_weights(theta, phi, phi, noise, batch)
+    def run(theta: dict[str, Tensor], phi: dict[str, Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+        with program.networks_kept():
+            return total_and_slopes(lambda: program.log_weights(theta, phi, phi, noise, batch), leaves)
 
-    with buffers_kept(program.modules), random_state(program.device, 0):
+    given = [values[name] for name in owned]
+    with random_state(program.device, 0):
         before = generator_state(program.device)
-        found = total_and_slopes(lambda: run(theta, phi), [values[name] for name in owned])
-        if not torch.equal(before, generator_state(program.device)):
+        found = run(theta, phi, given)
+        if generator_state(program.device) != before:
             return True
         program.write_back(moved)
         try:
-            right = total_and_slopes(lambda: run({}, {}), list(owned.values()))
+            right = run({}, {}, list(owned.values()))
         finally:
             program.write_back(start)
         wrong = differing(found, right)
-        if not wrong or differing(total_and_slopes(lambda: run(theta, phi), []), found[:1]):
+        if not wrong or differing(run(theta, phi, given), found):
             return False
     hidden = [list(owned)[index - 1] for index in wrong if index]
     raise ValueError(
@@ -103,7 +107,7 @@ def check_gaps(program: Program, told: str) -> None:
     noise, batch = program.example()
     theta, phi, values = _parameters(program, program.initial())
     for some in _with_gaps(program) or [batch]:
-        with buffers_kept(program.modules), random_state(program.device, 0):
+        with program.networks_kept(), random_state(program.device, 0):
             terms = partial(program.log_weights, theta, phi, phi, noise, some)
             found = total_and_slopes(terms, list(values.values()))
         if not all(bool(torch.isfinite(part).all()) for part in found):

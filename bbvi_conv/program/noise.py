@@ -6,6 +6,7 @@ sees the same numbers, because a block depends on nothing but its key.
 
 from __future__ import annotations
 
+import random
 import threading
 import zlib
 from collections.abc import Iterator
@@ -85,9 +86,27 @@ handlers. Fits in several threads take turns there, and run their steps at the s
 
 
 @contextmanager
+def beside_torch(seed: int | None) -> Iterator[None]:
+    """Leave the generators of NumPy and Python, from which models may draw, as found; they start from ``seed``."""
+    numpys, pythons = np.random.get_state(), random.getstate()  # noqa: NPY002 - what plain np.random.* draws from
+    if seed is not None:
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(numpys)  # noqa: NPY002
+        random.setstate(pythons)
+
+
+@contextmanager
 def random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Leave torch's own generators, the CPU's and that of ``device``, as found; inside they start from ``seed``."""
+    """Leave the generators of torch (the CPU's and that of ``device``), NumPy and Python as found.
+
+    Inside they start from ``seed``.
+    """
     with ALONE, ExitStack() as stack:
+        stack.enter_context(beside_torch(seed))
         if device.type == "cpu":
             stack.enter_context(torch.random.fork_rng(devices=[]))
         else:

@@ -6,7 +6,7 @@ import copy
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,6 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Distribution, transform_to
 
+from bbvi_conv.program.buffers import buffers_kept, buffers_of, put_buffers
 from bbvi_conv.program.device import by_default
 from bbvi_conv.program.enumeration import Enumerated, Sum, apart, sums
 from bbvi_conv.program.minibatch import Batch, Minibatch
@@ -30,6 +31,7 @@ from bbvi_conv.program.structure import (
     is_deterministic,
     is_plate,
     latent_sites,
+    leaves_support,
     outside,
     random_sites,
     revalued,
@@ -212,6 +214,7 @@ class Program:
         self.store, self.structure, self.layout, self.dtype = store, structure, layout, dtype
         self.minibatch, self.batched, self.total, self.by_index = minibatch, batched, total, by_index
         self.obstacles, self.untaped, self.implicit = tuple(obstacles), untaped, implicit
+        self.buffers: Mapping[str, Tensor] = {}
         self.leaves = tuple(sorted(leaves, key=lambda leaf: GROUPS.index(leaf.group)))
         self.modules, self.own_rows = tuple(modules), tuple(own_rows)
         self.enumerated, self.density_model = enumerated, enumerated or model
@@ -305,7 +308,11 @@ class Program:
         return {leaf.name: transform_to(leaf.constraint)(values[leaf.name]) for leaf in self.leaves}
 
     def write_back(self, x: Tensor) -> None:
-        """Copy values into the tensors that Pyro and the modules own: modules end up trained, in place."""
+        """Copy values into the tensors that Pyro and the modules own: modules end up trained, in place.
+
+        So are the buffers of the program's run, if it has any.
+        """
+        put_buffers(self.modules, self.buffers)
         theta, phi = self.split(x.detach())
         values = {**theta, **phi}
         with torch.no_grad():
@@ -514,16 +521,71 @@ class Program:
             trace.compute_log_prob()
         return trace
 
+    @property
+    def changes_buffers(self) -> bool:
+        """Whether buffers of networks change as the program runs."""
+        return any(obstacle.startswith("buffer") for obstacle in self.obstacles)
+
+    def changing_buffers(self) -> dict[str, Tensor]:
+        """Buffers of the networks as they are now; empty where they do not change."""
+        return buffers_of(self.modules) if self.changes_buffers else {}
+
+    def buffers_for(self, other: Program) -> dict[str, Tensor]:
+        """The buffers of this program's run, by the numbers that their modules have in another program."""
+        numbers = {id(module): f"{i}." for i, module in enumerate(other.modules)}
+        owners = [(f"{i}.", numbers[id(module)]) for i, module in enumerate(self.modules) if id(module) in numbers]
+        return {
+            there + name.removeprefix(here): value
+            for here, there in owners
+            for name, value in self.buffers.items()
+            if name.startswith(here)
+        }
+
+    def with_buffers(self, values: Mapping[str, Tensor]) -> Program:
+        """The same program with the buffers that a run ended with, in force where :meth:`networks_kept` is."""
+        if not values:
+            return self
+        other = copy.copy(self)
+        other.buffers = values
+        return other
+
+    @contextmanager
+    def networks_kept(self) -> Iterator[None]:
+        """Inside, networks have the buffers of the program's run, if it has any; whatever runs leaves them as found."""
+        with buffers_kept(self.modules):
+            put_buffers(self.modules, self.buffers)
+            yield
+
     def bind(self, function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
         """``function`` (model or guide) that runs with the values ``x``, in a store of its own."""
         theta, phi = self.split(x.detach().clone())
         values = self._values({**theta, **phi})
 
         def bound(*args: Any, **kwargs: Any) -> Any:
-            with quiet_pyro(self.store, self.dtype, self.device), Tape(None, values, serve=False):
+            with ExitStack() as stack:
+                stack.enter_context(quiet_pyro(self.store, self.dtype, self.device))
+                stack.enter_context(self.networks_kept() if self.buffers else nullcontext())
+                stack.enter_context(Tape(None, values, serve=False))
                 return function(*args, **kwargs)
 
         return bound
+
+    def leaves_support(self, x: Tensor, noise: Noise, batch: Batch) -> str:
+        """Which site has values that the model knows no density of, over the draws of ``noise`` ``(M, ...)``, in words.
+
+        Outside a support the formula of a density may be finite, so that nothing else tells.
+        """
+        theta, phi = self.split(x)
+        for draw in range(len(noise.normal)):
+            with torch.no_grad(), self.handlers(noise.at(draw), batch) as tape:
+                _, _, model = self._traces(tape, theta, phi, phi, batch)
+            for site in apart(model, sums(model, self.scale_of, self.factor)):
+                if support := leaves_support(site):
+                    return (
+                        f"site {site['name']!r} has no density at values that the guide draws: they leave the support "
+                        f"{support}, which must not depend on a latent, and which the prior must name"
+                    )
+        return ""
 
     def first_bad_site(self, x: Tensor, noise: Noise, batch: Batch) -> str:
         """Which site's value or log-probability is not finite, over the draws of ``noise`` ``(M, ...)``, in words."""

@@ -14,7 +14,7 @@ from pyro.distributions.util import broadcast_shape  # torch's own imports a com
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import TransformedDistribution, biject_to, constraints
 
 Group = Literal["theta", "phi", "shared"]
 
@@ -279,6 +279,34 @@ def outside(site: Any) -> str:
     return "" if mask is False or bool(torch.as_tensor(inside).all()) else str(support)
 
 
+def leaves_support(site: Any) -> str:
+    """As :func:`outside`, of supports by bounds, those of what a transform makes the value of among them.
+
+    Torch gives transformed distributions the whole range of the transform, whatever goes into it. Values that rounding
+    has put at a bound, or off a simplex, are none.
+    """
+    if site.get("mask") is not None:
+        return ""
+    fn, value = site["fn"], site["value"]
+    try:
+        while hasattr(fn, "base_dist"):
+            if isinstance(fn, TransformedDistribution):
+                for transform in reversed(fn.transforms):
+                    value = transform.inv(value)
+            fn = fn.base_dist
+        support = fn.support
+    except NotImplementedError:
+        return ""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    slack = 1e-3 * (1 + value.abs())
+    for name, sign in (("lower_bound", 1.0), ("upper_bound", -1.0)):
+        bound = getattr(support, name, None)
+        if bound is not None and not bool((sign * (value - bound) >= -slack).all()):
+            return str(support)
+    return ""
+
+
 def check_site(site: Any) -> None:
     """Refuse a value of another shape than its site's, or outside the site's support.
 
@@ -323,6 +351,15 @@ def check_site(site: Any) -> None:
         )
     if site["is_observed"] and (told := not_finite([(f"the data of {who}", value.detach())])):
         raise ValueError(told)
+    check_support(site)
+
+
+def check_support(site: Any) -> None:
+    """Refuse a value outside the site's support.
+
+    Raises:
+        ValueError: naming the site.
+    """
     if support := outside(site):
-        hint = "the data" if site["is_observed"] else "the guide's support"
-        raise ValueError(f"a value of {who} lies outside the support {support}; check {hint}")
+        kind, hint = ("observed", "the data") if site["is_observed"] else ("latent", "the guide's support")
+        raise ValueError(f"a value of {kind} site {site['name']!r} lies outside the support {support}; check {hint}")

@@ -1,10 +1,10 @@
-"""Tensors that a function uses besides its arguments, and others in their place for a while."""
+"""What a function uses besides its arguments: tensors, and others in their place for a while; and plain numbers."""
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -104,6 +104,44 @@ def _places(function: Any) -> tuple[list[_Place], list[Any]]:
     return places, objects
 
 
+def numbers(*functions: Any) -> dict[tuple[int, str], Any]:
+    """Numbers, truth values and texts around functions, by the object that holds them and their name.
+
+    They are variables of the functions around them, of their file, and attributes of objects, modules and classes that
+    they find there.
+    """
+    found: dict[tuple[int, str], Any] = {}
+    pending, seen = list(functions), set()
+
+    def note(owner: Any, held: Mapping[str, Any]) -> None:
+        found.update({(id(owner), name): one for name, one in held.items() if isinstance(one, (int, float, str))})
+
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, (Tensor, types.ModuleType)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, functools.partial):
+            pending += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.MethodType):
+            pending += [value.__func__, value.__self__]
+        elif isinstance(value, types.FunctionType):
+            cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+            around = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+            known = {name: value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__}
+            note(value, around)
+            note(value.__globals__, known)
+            own = [one for one in known.values() if getattr(one, "__module__", None) == value.__module__]
+            pending += [*around.values(), *own]
+        elif isinstance(value, nn.Module):
+            for module in value.modules():
+                note(module, vars(module))
+        elif hasattr(value, "__dict__"):
+            note(value, vars(value))
+            pending += [one for one in vars(value).values() if isinstance(one, nn.Module)]
+    return found
+
+
 def _is_filled(cell: types.CellType) -> bool:
     try:
         return cell.cell_contents is not cell
@@ -117,4 +155,4 @@ def _names(code: types.CodeType) -> list[str]:
     return [*code.co_names, *(name for part in inner for name in _names(part))]
 
 
-__all__ = ["surroundings"]
+__all__ = ["numbers", "surroundings"]

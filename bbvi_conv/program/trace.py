@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from bbvi_conv.program.aten_graph import Untraceable, first_sentence, to_graph
 from bbvi_conv.program.batching import batched, plan
-from bbvi_conv.program.buffers import buffers_kept
 from bbvi_conv.program.faithful import differing, total_and_slopes
 from bbvi_conv.program.graphs import simplify
 from bbvi_conv.program.minibatch import Batch
@@ -60,6 +60,20 @@ class TracedLogWeights:
         self.prepare(joint=True)
         return work(self._graphs[True])
 
+    def differs(self, x: Tensor) -> bool:
+        """Whether the program has other densities at ``x`` than its graph, by more than roundings.
+
+        So it is where a number that the model reads from Python has changed since the graph was traced.
+        """
+        theta, phi = self.program.split(x)
+        noise, batch = self.program.example()
+        with torch.no_grad(), self.program.networks_kept():
+            given = (theta, phi, phi, noise, batch)
+            pairs = zip(self(*given), self.program.log_weights(*given), strict=True)
+            apart = [(float((found.sum() - right.sum()).abs()), float(right.abs().sum())) for found, right in pairs]
+        size = max(size for _, size in apart)
+        return math.isfinite(size) and any(not much <= 1e-3 * (1.0 + size) for much, _ in apart)
+
     def maps(self, joint: bool) -> bool:
         """Whether ``vmap`` can map the graph over draws of noise."""
         if joint not in self._maps:
@@ -102,7 +116,7 @@ class TracedLogWeights:
         flat = [*theta.values(), *phi.values(), *(() if joint else phi.values()), *noise, *batch.args]
         if batch.indices is not None:
             flat.append(batch.indices)
-        with buffers_kept(program.modules):  # clones: the tracer tells inputs apart by identity
+        with program.networks_kept():  # clones: the tracer tells inputs apart by identity
             plain = simplify(to_graph(function, *(x.clone() for x in flat)), differentiable=True)
             right = functools.partial(function, tracing=False)
             graph = _with_rounds_together(plain, flat)
