@@ -182,7 +182,7 @@ def _unit_weights(program: Program, x: Tensor, count: int, seed: int) -> tuple[N
         rows = torch.randperm(program.total, generator=chooser)[:needed]
         most = max(1, MOST_HANDLED // count) if program.obstacles else len(rows)
         whole = len(rows) // program.minibatch.size * program.minibatch.size
-        parts = [*torch.split(rows[:whole], program.minibatch.size)][:most]
+        parts = list(torch.split(rows[:whole], program.minibatch.size)[:most])
     picked = torch.randperm(per_part, generator=chooser)[: math.ceil(MAX_UNITS / len(parts))].to(program.device)
     theta, phi = program.split(x)
     number = len(program.batch(parts[0]).args)
