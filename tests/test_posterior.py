@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
-from pyro import poutine
+from pyro import infer, poutine
 from pyro.infer.autoguide import AutoDelta
 from pyro.infer.reparam import LocScaleReparam
 from scipy import stats
@@ -30,12 +30,13 @@ from bbvi_conv.posterior import (
     khat_threshold,
     neutral,
     pareto_shape,
+    psis,
     tail,
     to_datatree,
     to_inference_data,
     write_netcdf,
 )
-from bbvi_conv.posterior.draws import Mapped
+from bbvi_conv.posterior.draws import Draws, Mapped
 from bbvi_conv.posterior.export import legacy_arviz
 from bbvi_conv.posterior.neutral import plan
 from bbvi_conv.program.build import build
@@ -608,6 +609,13 @@ def test_units_have_their_own_weights() -> None:
     assert narrow.high == pytest.approx(np.quantile(peers, 0.95), abs=8 * error)
 
 
+def test_runs_by_pyros_handlers_are_of_few_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psis, "MOST_HANDLED", 90)
+    program, at, _ = local_program(width=0.4)
+    program.obstacles = ("something keeps it from being traced",)
+    assert "median over 24 units" in tail(program, at, num_samples=30).khat.reason  # 3 parts of 8 rows
+
+
 def test_bad_requests_get_one_sentence() -> None:
     program, x, _ = gaussian()
     with pytest.raises(ValueError, match="num_samples must be at least 1"):
@@ -699,3 +707,40 @@ def test_reparametrised_sites_are_values_of_latents(family: Any, outside: bool) 
     exported = from_program(program, program.initial(), num_samples=50)
     assert "theta" in exported.groups["posterior"]
     assert "theta" not in exported.groups["observed_data"]
+
+
+def test_deterministic_sites_are_of_the_data_not_of_new_data() -> None:
+    y = torch.tensor([2.0, 3.5, 3.0])
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(y)):
+            seen = pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+            pyro.deterministic("residual", seen - mu)
+
+    drawn = _replicated(model, y)
+    assert torch.equal(drawn.deterministic["residual"], y - drawn.latent["mu"][:, None])
+    assert (drawn.replicated["y"] - y).abs().max() > 0.5
+
+
+def test_deterministic_sites_of_a_drawn_class_are_of_the_data() -> None:
+    y = torch.tensor([-3.0, 3.5, 3.0])
+
+    @infer.config_enumerate
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            side = pyro.sample("side", dist.Bernoulli(0.5))
+            seen = pyro.sample("y", dist.Normal(mu + 6.0 * side - 3.0, 1.0), obs=y)
+            pyro.deterministic("residual", seen - (mu + 6.0 * side - 3.0))
+
+    drawn = _replicated(model, y)
+    loc = drawn.latent["mu"][:, None] + 6.0 * drawn.latent["side"] - 3.0
+    torch.testing.assert_close(drawn.deterministic["residual"], y - loc)
+    assert (drawn.latent["side"].mean(0) - torch.tensor([0.0, 1.0, 1.0])).abs().max() < 0.1
+    assert (drawn.replicated["y"] - y).abs().max() > 0.5
+
+
+def _replicated(model: Callable[[Tensor], None], y: Tensor) -> Draws:
+    program = bc.build(model, None, (y,), family=bc.MeanField())
+    return draw(program, program.initial(), 50, 0, replicate=True)

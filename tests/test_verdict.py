@@ -60,6 +60,13 @@ TABLE: list[tuple[str, Evidence, Estimate, Outcome]] = [
     ("up and down, last one up", evidence((FAR, FIRST), (FAR, LOSS), (FAR, GAIN)), GOOD, "stalled"),
     ("down, gradient growing", evidence((FAR, FIRST), (FAR, GAIN), (FAR, LOSS), trend="rising"), GOOD, "stalled"),
     ("wandering long ago", evidence((FAR, FIRST), (FAR, LOSS), *[(FAR, GAIN)] * 3), GOOD, "slow"),
+    ("a loss that no gradient explains", evidence((FAR, FIRST), (TINY, LOSS)), GOOD, "undecided"),
+    (
+        "draws that leave a support",
+        evidence((FAR, FIRST), (TINY, ZERO))._replace(outside="site 'z'"),
+        GOOD,
+        "wrong_family",
+    ),
     ("one window only", evidence((TINY, FIRST)), GOOD, "undecided"),
     ("one window only, flat", evidence((FAR, FIRST), trend="plateau"), GOOD, "undecided"),
     ("interval around the tolerance", evidence((FAR, FIRST), (WIDE, ZERO)), GOOD, "undecided"),
@@ -93,7 +100,7 @@ def test_the_table_reaches_every_outcome_one_run_can_have() -> None:
 @pytest.mark.parametrize("seen", [row[1] for row in TABLE], ids=[row[0] for row in TABLE])
 def test_only_a_run_that_is_done_counts_as_converged(seen: Evidence) -> None:
     done = is_done(seen.checks, seen.trend, TOL)
-    assert (decide(seen, TOL, GOOD, 0.7).outcome == "converged") == (done and not seen.failure)
+    assert (decide(seen, TOL, GOOD, 0.7).outcome == "converged") == (done and not seen.failure and not seen.outside)
 
 
 def test_reasons_carry_numbers_thresholds_and_advice() -> None:

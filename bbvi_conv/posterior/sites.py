@@ -111,11 +111,14 @@ class Places(Messenger):  # type: ignore[misc]
 def replay(program: Program, x: Tensor, latents: Mapping[str, Tensor], batch: Batch, free: Sequence[str] = ()) -> Trace:
     """The model's trace at flat parameters ``x`` with the latent sites given and the sites ``free`` sampled afresh.
 
-    Enumerated sites are drawn from their joint law given the latents and the data, by forward filtering and backward
-    sampling.
+    Enumerated sites that are not given are drawn from their joint law given the latents and the data, by forward
+    filtering and backward sampling.
     """
     bound = program.bind(program.model, x)
-    places = Places(() if program.enumerated is None else program.enumerated.names)
+    drawn = program.enumerated
+    if drawn is not None and latents.keys() >= set(drawn.names):
+        drawn = None
+    places = Places(() if drawn is None else drawn.names)
 
     def model(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
@@ -125,8 +128,8 @@ def replay(program: Program, x: Tensor, latents: Mapping[str, Tensor], batch: Ba
             stack.enter_context(places)
             return bound(*args, **kwargs)
 
-    if program.enumerated is not None:
-        model = infer_discrete(program.enumerated.marked(model), first_available_dim=program.enumerated.dim)
+    if drawn is not None:
+        model = infer_discrete(drawn.marked(model), first_available_dim=drawn.dim)
     with quiet_pyro(program.store, program.dtype, program.device), Unobserved(free):
         return places.valued(poutine.trace(model).get_trace(*program.positional(batch), **program.kwargs))
 
