@@ -60,6 +60,9 @@ from bbvi_conv.program.tape import Tape, TapeEnds, taped
 SMALL = 1000
 """Latent dimensions below which float64 is the default on the CPU."""
 
+AT_ONCE = 2**22
+"""Numbers of the data whose support is checked at once."""
+
 
 @dataclass
 class _Pass:
@@ -566,7 +569,8 @@ def _check_supports(eager: _Pass, args: tuple[Any, ...], minibatch: Minibatch, t
             rows = data[: minibatch.size]
             if rows.shape == value.shape and torch.equal(rows.to(value), value):
                 with suppress(RuntimeError):  # a support with a bound of its own for every row
-                    check_support({**site, "value": data.to(value)})
+                    for part in data.split(max(1, AT_ONCE // max(1, data[0].numel()))):
+                        check_support({**site, "value": part.to(value)})
 
 
 def _check_rows_lie_in_plate(

@@ -42,7 +42,8 @@ def generator_state(device: torch.device) -> tuple[object, ...]:
     """The states of torch's generator for a device, NumPy's and Python's: as they were where nothing has been drawn."""
     own = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
     numpys = np.random.get_state(legacy=False)  # noqa: NPY002 - what plain np.random.* draws from
-    return own.numpy().tobytes(), str(numpys), numpys["state"]["key"].tobytes(), random.getstate()
+    theirs = numpys["state"]["key"].tobytes(), numpys["state"]["pos"], numpys["has_gauss"]
+    return own.numpy().tobytes(), theirs, random.getstate()
 
 
 def check(program: Program) -> bool:

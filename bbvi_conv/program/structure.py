@@ -295,7 +295,7 @@ def leaves_support(site: Any) -> str:
                     value = transform.inv(value)
             fn = fn.base_dist
         support = fn.support
-    except NotImplementedError:
+    except (NotImplementedError, KeyError):  # a transform that knows no inverse
         return ""
     while isinstance(support, constraints.independent):
         support = support.base_constraint

@@ -114,7 +114,8 @@ def numbers(*functions: Any) -> dict[tuple[int, str], Any]:
     pending, seen = list(functions), set()
 
     def note(owner: Any, held: Mapping[str, Any]) -> None:
-        found.update({(id(owner), name): one for name, one in held.items() if isinstance(one, (int, float, str))})
+        plain = {name: one for name, one in held.items() if isinstance(one, (int, float, str)) and one == one}
+        found.update({(id(owner), name): one for name, one in plain.items()})
 
     while pending:
         value = pending.pop()
