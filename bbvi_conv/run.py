@@ -461,8 +461,8 @@ class Run:
         if isinstance(weights, TracedLogWeights) and not self._stale and weights.differs(x):
             self._stale = True
             warnings.warn(
-                f"at step {state.step:,} the model has other densities than the graph that was traced before the first "
-                "one: a number that it reads from Python has changed since, which steps do not follow; fit with "
+                f"at step {state.step:,} the model has other densities than its graph, traced before the first step: "
+                "a number that it reads from Python has changed since, which steps do not follow; fit with "
                 'engine="eager", or leave the change out',
                 stacklevel=2,
             )

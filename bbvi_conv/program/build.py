@@ -54,7 +54,7 @@ from bbvi_conv.program.structure import (
     revalued,
     strata_of,
 )
-from bbvi_conv.program.surroundings import numbers
+from bbvi_conv.program.surroundings import changed, numbers
 from bbvi_conv.program.tape import Tape, TapeEnds, taped
 
 SMALL = 1000
@@ -269,8 +269,7 @@ def _build(
     program = _program(model, args, kwargs, fed, minibatch, dtype, device, own_rows)
     before = numbers(model, fed.eager.guide, *program.modules)
     draws = check(program)
-    after = numbers(model, fed.eager.guide, *program.modules)
-    moving = sorted({name for (_, name), value in after.items() if before.get((_, name), value) != value})
+    moving = changed(before, numbers(model, fed.eager.guide, *program.modules))
     if draws and not program.untaped:
         fed.eager.tape.untaped.add("a random function of torch's that holds others, or of NumPy's or Python's")
         program = _program(model, args, kwargs, fed, minibatch, dtype, device, own_rows)

@@ -302,6 +302,8 @@ def leaves_support(site: Any) -> str:
     slack = 1e-3 * (1 + value.abs())
     for name, sign in (("lower_bound", 1.0), ("upper_bound", -1.0)):
         bound = getattr(support, name, None)
+        if isinstance(bound, Tensor) and bound.dim() and site["fn"].event_shape:
+            continue  # of an event as a whole
         if bound is not None and not bool((sign * (value - bound) >= -slack).all()):
             return str(support)
     return ""

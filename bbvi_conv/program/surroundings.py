@@ -143,6 +143,11 @@ def numbers(*functions: Any) -> dict[tuple[int, str], Any]:
     return found
 
 
+def changed(before: Mapping[tuple[int, str], Any], after: Mapping[tuple[int, str], Any]) -> list[str]:
+    """Names of what :func:`numbers` gave twice and differs."""
+    return sorted({key[1] for key, value in after.items() if before.get(key, value) != value})
+
+
 def _is_filled(cell: types.CellType) -> bool:
     try:
         return cell.cell_contents is not cell
@@ -156,4 +161,4 @@ def _names(code: types.CodeType) -> list[str]:
     return [*code.co_names, *(name for part in inner for name in _names(part))]
 
 
-__all__ = ["numbers", "surroundings"]
+__all__ = ["changed", "numbers", "surroundings"]
