@@ -244,7 +244,7 @@ def fingerprint(program: Program) -> dict[str, Any]:
     with torch.no_grad(), program.networks_kept():
         seen = program.site_values(x, noise, batch)
     densities = {"log_p": float(seen.log_p), "log_q": float(seen.log_q)}
-    fixed = not program.changes_buffers
+    fixed = not program.changing
     return {
         "parameters": {leaf.name: list(leaf.tensor.shape) for leaf in program.leaves},
         **{name: value if fixed and math.isfinite(value) else None for name, value in densities.items()},

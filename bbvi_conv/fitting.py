@@ -17,7 +17,7 @@ from bbvi_conv.monitor.judge import Check
 from bbvi_conv.monitor.seeds import Agreement, agreement, highest
 from bbvi_conv.monitor.state import signal_to_noise, summary
 from bbvi_conv.objectives import Objective
-from bbvi_conv.program.buffers import CalledModule, own_buffers, restore_buffers
+from bbvi_conv.program.buffers import copies_of, restore_buffers
 from bbvi_conv.program.build import positional
 from bbvi_conv.program.device import cpu_by_default, home
 from bbvi_conv.program.noise import generator
@@ -141,7 +141,7 @@ def _drive(
     if archive is not None:
         archive.directory.lock()  # before any step: a second writer is refused at once
     latest, interrupted = state, False
-    before = [CalledModule(m, own_buffers(m)) for m in run.program.modules]
+    before = copies_of(run.program.modules)
     with Progress(run, max_steps, shown=progress) as bar:
 
         def on_event(now: FitState, looked: bool) -> None:

@@ -407,7 +407,7 @@ def _few_ticks(*axes: Axes) -> None:
     """On logarithmic axes one tick a decade, or where few decades are shown three, all with labels in plain text.
 
     The others that matplotlib sets, most without a label, are half of the time that the figures of a fit take, and
-    reading formulas in labels a quarter of the rest.
+    reading formulas in labels a fifth of the rest.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, StrMethodFormatter
 

@@ -28,7 +28,7 @@ from bbvi_conv.monitor.trend import Plateau, plateau
 from bbvi_conv.objectives import ELBO, GrowingParticles, Objective
 from bbvi_conv.objectives.objective import checked_objective, shown
 from bbvi_conv.optim import Adam, Constant, InverseSqrt, Optimiser, empty_average
-from bbvi_conv.program.buffers import put_buffers
+from bbvi_conv.program.buffers import of_modules, restore_buffers
 from bbvi_conv.program.closed_form import closed_form_sites
 from bbvi_conv.program.minibatch import Minibatch
 from bbvi_conv.program.noise import BLOCK
@@ -355,7 +355,7 @@ class Run:
         """
         left = [not one.ended and one.step < max_steps for one in state.seeds]
         state = self._each(state, left, lambda _, one: _without_late_checks(one))
-        put_buffers(self.program.modules, state.buffers)
+        restore_buffers(of_modules(self.program.modules, state.buffers))
         while any(left := [not one.ended and one.step < max_steps for one in state.seeds]):
             step = min(one.step for one, goes in zip(state.seeds, left, strict=True) if goes)
             active = [goes and one.step == step for one, goes in zip(state.seeds, left, strict=True)]

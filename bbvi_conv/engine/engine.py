@@ -114,7 +114,7 @@ class EagerEngine:
 
     def __init__(self, calculus: Calculus, optimiser: Optimiser, reason: str, *, num_seeds: int = 1) -> None:
         self.calculus, self.optimiser, self.reason, self.num_seeds = calculus, optimiser, reason, num_seeds
-        changing = [obstacle for obstacle in calculus.program.obstacles if obstacle.startswith("buffer")]
+        changing = calculus.program.changing
         if num_seeds > 1 and changing:
             raise ValueError(
                 f"{changing[0]}, and {num_seeds} seeds at once would share it: put its module in eval mode, or fit the "

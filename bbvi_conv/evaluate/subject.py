@@ -100,7 +100,7 @@ def subject(
     with source.program.networks_kept() if isinstance(source, Fit) else nullcontext():
         program = build(model, guide, args, kwargs, minibatch=minibatch, dtype=dtype, device=device, loop=loop)
     if isinstance(source, Fit):
-        program = program.with_buffers(source.program.buffers_for(program))
+        program.buffers = [one for one in source.program.buffers if one.module in program.modules]
     return Subject(program, _parameters(program, source))
 
 

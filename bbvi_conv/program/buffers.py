@@ -67,23 +67,28 @@ def restore_buffers(called: Sequence[CalledModule]) -> None:
                 now.copy_(buffers[name])
 
 
-def buffers_of(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Copies of the own buffers of all modules, by the number of the module and the name."""
-    return {f"{i}.{name}": b for i, module in enumerate(modules) for name, b in own_buffers(module).items()}
+def copies_of(modules: Sequence[nn.Module]) -> list[CalledModule]:
+    """The modules with copies of their own buffers as they are now."""
+    return [CalledModule(module, own_buffers(module)) for module in modules]
 
 
-def put_buffers(modules: Sequence[nn.Module], values: Mapping[str, Tensor]) -> None:
-    """Write what :func:`buffers_of` gave back into the modules."""
-    for i, module in enumerate(modules):
-        for name, now in module.named_buffers(recurse=False):
-            if f"{i}.{name}" in values:
-                now.copy_(values[f"{i}.{name}"])
+def by_name(called: Sequence[CalledModule]) -> dict[str, Tensor]:
+    """The copies as plain data: by the number of the module and the name."""
+    return {f"{i}.{name}": value for i, one in enumerate(called) for name, value in one.buffers.items()}
+
+
+def of_modules(modules: Sequence[nn.Module], values: Mapping[str, Tensor]) -> list[CalledModule]:
+    """The modules with what :func:`by_name` made of copies of their buffers."""
+    return [
+        CalledModule(module, {name: values[f"{i}.{name}"] for name in own_buffers(module) if f"{i}.{name}" in values})
+        for i, module in enumerate(modules)
+    ]
 
 
 @contextmanager
 def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Whatever runs inside leaves the buffers of ``modules`` as they were."""
-    before = [CalledModule(module, own_buffers(module)) for module in modules]
+    before = copies_of(modules)
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import Distribution, transform_to
 
-from bbvi_conv.program.buffers import buffers_kept, buffers_of, put_buffers
+from bbvi_conv.program.buffers import CalledModule, buffers_kept, by_name, copies_of, of_modules, restore_buffers
 from bbvi_conv.program.device import by_default
 from bbvi_conv.program.enumeration import Enumerated, Sum, apart, sums
 from bbvi_conv.program.minibatch import Batch, Minibatch
@@ -214,7 +214,7 @@ class Program:
         self.store, self.structure, self.layout, self.dtype = store, structure, layout, dtype
         self.minibatch, self.batched, self.total, self.by_index = minibatch, batched, total, by_index
         self.obstacles, self.untaped, self.implicit = tuple(obstacles), untaped, implicit
-        self.buffers: Mapping[str, Tensor] = {}
+        self.buffers: Sequence[CalledModule] = ()
         self.leaves = tuple(sorted(leaves, key=lambda leaf: GROUPS.index(leaf.group)))
         self.modules, self.own_rows = tuple(modules), tuple(own_rows)
         self.enumerated, self.density_model = enumerated, enumerated or model
@@ -312,7 +312,7 @@ class Program:
 
         So are the buffers of the program's run, if it has any.
         """
-        put_buffers(self.modules, self.buffers)
+        restore_buffers(self.buffers)
         theta, phi = self.split(x.detach())
         values = {**theta, **phi}
         with torch.no_grad():
@@ -522,38 +522,27 @@ class Program:
         return trace
 
     @property
-    def changes_buffers(self) -> bool:
-        """Whether buffers of networks change as the program runs."""
-        return any(obstacle.startswith("buffer") for obstacle in self.obstacles)
+    def changing(self) -> list[str]:
+        """Which buffers of networks change as the program runs, in words."""
+        return [obstacle for obstacle in self.obstacles if obstacle.startswith("buffer")]
 
     def changing_buffers(self) -> dict[str, Tensor]:
         """Buffers of the networks as they are now; empty where they do not change."""
-        return buffers_of(self.modules) if self.changes_buffers else {}
-
-    def buffers_for(self, other: Program) -> dict[str, Tensor]:
-        """The buffers of this program's run, by the numbers that their modules have in another program."""
-        numbers = {id(module): f"{i}." for i, module in enumerate(other.modules)}
-        owners = [(f"{i}.", numbers[id(module)]) for i, module in enumerate(self.modules) if id(module) in numbers]
-        return {
-            there + name.removeprefix(here): value
-            for here, there in owners
-            for name, value in self.buffers.items()
-            if name.startswith(here)
-        }
+        return by_name(copies_of(self.modules)) if self.changing else {}
 
     def with_buffers(self, values: Mapping[str, Tensor]) -> Program:
         """The same program with the buffers that a run ended with, in force where :meth:`networks_kept` is."""
         if not values:
             return self
         other = copy.copy(self)
-        other.buffers = values
+        other.buffers = of_modules(self.modules, values)
         return other
 
     @contextmanager
     def networks_kept(self) -> Iterator[None]:
         """Inside, networks have the buffers of the program's run, if it has any; whatever runs leaves them as found."""
         with buffers_kept(self.modules):
-            put_buffers(self.modules, self.buffers)
+            restore_buffers(self.buffers)
             yield
 
     def bind(self, function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:

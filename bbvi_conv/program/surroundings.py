@@ -65,14 +65,15 @@ def surroundings(
     return list(found.values()), others
 
 
-def _places(function: Any) -> tuple[list[_Place], list[Any]]:
-    """Where a function finds tensors, and objects other than modules that hold some of them."""
-    places: list[_Place] = []
-    objects: list[Any] = []
-    pending, seen = [function], set()
+def _walk(functions: Sequence[Any], own: Callable[[Any, types.FunctionType], bool]) -> Iterator[Any]:
+    """Functions, modules and other objects that functions find, each once: in variables around them, in their file.
+
+    Of the variables of its file a function is followed to those that are its ``own``.
+    """
+    pending, seen = list(functions), set()
     while pending:
         value = pending.pop()
-        if id(value) in seen or isinstance(value, (Tensor, type, types.ModuleType)):
+        if id(value) in seen or isinstance(value, (Tensor, types.ModuleType)):
             continue
         seen.add(id(value))
         if isinstance(value, functools.partial):
@@ -80,26 +81,49 @@ def _places(function: Any) -> tuple[list[_Place], list[Any]]:
         elif isinstance(value, types.MethodType):
             pending += [value.__func__, value.__self__]
         elif isinstance(value, types.FunctionType):
-            cells = [cell for cell in value.__closure__ or () if _is_filled(cell)]
-            places += [_Place(cell) for cell in cells]
-            pending += [leaf for cell in cells for leaf in tree_leaves(cell.cell_contents)]
-            names = [name for name in _names(value.__code__) if name in value.__globals__]
-            for name in names:
-                known = value.__globals__[name]
-                if isinstance(known, nn.Parameter):
-                    places.append(_Place(value.__globals__, name))
-                elif isinstance(known, nn.Module) or getattr(known, "__globals__", None) is value.__globals__:
-                    pending.append(known)
+            pending += [leaf for cell in _cells(value).values() for leaf in tree_leaves(cell.cell_contents)]
+            pending += [one for one in _known(value).values() if own(one, value)]
+            yield value
+        elif hasattr(value, "__dict__"):
+            if not isinstance(value, nn.Module):
+                pending += [one for one in vars(value).values() if isinstance(one, nn.Module)]
+            yield value
+
+
+def _cells(function: types.FunctionType) -> dict[str, types.CellType]:
+    """Variables around a function that have a value."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell for name, cell in cells if _is_filled(cell)}
+
+
+def _known(function: types.FunctionType) -> dict[str, Any]:
+    """Variables of its file that a function names."""
+    held = function.__globals__
+    return {name: held[name] for name in _names(function.__code__) if name in held}
+
+
+def _places(function: Any) -> tuple[list[_Place], list[Any]]:
+    """Where a function finds tensors, and objects other than modules that hold some of them."""
+    places: list[_Place] = []
+    objects: list[Any] = []
+
+    def own(value: Any, by: types.FunctionType) -> bool:
+        return isinstance(value, nn.Module) or getattr(value, "__globals__", None) is by.__globals__
+
+    for value in _walk([function], own):
+        if isinstance(value, types.FunctionType):
+            places += [_Place(cell) for cell in _cells(value).values()]
+            named = _known(value).items()
+            places += [_Place(value.__globals__, name) for name, one in named if isinstance(one, nn.Parameter)]
         elif isinstance(value, nn.Module):
             owners = [held for owner in value.modules() for held in (owner._parameters, vars(owner))]
             places += [
                 _Place(owner, name) for owner in owners for name, one in owner.items() if isinstance(one, Tensor)
             ]
-        elif hasattr(value, "__dict__"):
+        elif not isinstance(value, type):
             held = vars(value)
             objects.append(value)
             places += [_Place(held, name) for name, one in held.items() if isinstance(one, Tensor)]
-            pending += [one for one in held.values() if isinstance(one, nn.Module)]
     places = [place for place in places if any(isinstance(leaf, Tensor) for leaf in tree_leaves(place.read()))]
     return places, objects
 
@@ -111,35 +135,21 @@ def numbers(*functions: Any) -> dict[tuple[int, str], Any]:
     they find there.
     """
     found: dict[tuple[int, str], Any] = {}
-    pending, seen = list(functions), set()
 
     def note(owner: Any, held: Mapping[str, Any]) -> None:
         plain = {name: one for name, one in held.items() if isinstance(one, (int, float, str)) and one == one}
         found.update({(id(owner), name): one for name, one in plain.items()})
 
-    while pending:
-        value = pending.pop()
-        if id(value) in seen or isinstance(value, (Tensor, types.ModuleType)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, functools.partial):
-            pending += [value.func, *value.args, *value.keywords.values()]
-        elif isinstance(value, types.MethodType):
-            pending += [value.__func__, value.__self__]
-        elif isinstance(value, types.FunctionType):
-            cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-            around = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
-            known = {name: value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__}
-            note(value, around)
-            note(value.__globals__, known)
-            own = [one for one in known.values() if getattr(one, "__module__", None) == value.__module__]
-            pending += [*around.values(), *own]
-        elif isinstance(value, nn.Module):
-            for module in value.modules():
-                note(module, vars(module))
-        elif hasattr(value, "__dict__"):
-            note(value, vars(value))
-            pending += [one for one in vars(value).values() if isinstance(one, nn.Module)]
+    def own(value: Any, by: types.FunctionType) -> bool:
+        return getattr(value, "__module__", None) == by.__module__
+
+    for value in _walk(functions, own):
+        if isinstance(value, types.FunctionType):
+            note(value, {name: cell.cell_contents for name, cell in _cells(value).items()})
+            note(value.__globals__, _known(value))
+        else:
+            for owner in value.modules() if isinstance(value, nn.Module) else (value,):
+                note(owner, vars(owner))
     return found
 
 

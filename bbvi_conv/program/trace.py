@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -68,11 +67,9 @@ class TracedLogWeights:
         theta, phi = self.program.split(x)
         noise, batch = self.program.example()
         with torch.no_grad(), self.program.networks_kept():
-            given = (theta, phi, phi, noise, batch)
-            pairs = zip(self(*given), self.program.log_weights(*given), strict=True)
-            apart = [(float((found.sum() - right.sum()).abs()), float(right.abs().sum())) for found, right in pairs]
-        size = max(size for _, size in apart)
-        return math.isfinite(size) and any(not much <= 1e-3 * (1.0 + size) for much, _ in apart)
+            runs = (self, self.program.log_weights)
+            found, right = ([part.sum() for part in run(theta, phi, phi, noise, batch)] for run in runs)
+        return bool(differing([right[0], *found], [right[0], *right]))  # each beside the largest of them
 
     def maps(self, joint: bool) -> bool:
         """Whether ``vmap`` can map the graph over draws of noise."""
