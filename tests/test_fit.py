@@ -514,7 +514,7 @@ def test_fits_in_several_threads_do_not_disturb_each_other(engine: str) -> None:
         dist.HalfNormal(1.0, validate_args=True).log_prob(torch.tensor(-1.0))
 
 
-def test_programs_of_minibatches_made_in_several_threads_take_turns() -> None:
+def test_fits_of_minibatches_in_several_threads_take_turns() -> None:
     """Pyro's stack of handlers is one for all threads."""
 
     def of_rows(x: Tensor) -> None:
@@ -522,13 +522,15 @@ def test_programs_of_minibatches_made_in_several_threads_take_turns() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
-    def made(seed: int) -> Tensor:
-        x, batch = torch.linspace(-1.0, 1.0, 12), bc.Minibatch(4, plate="data")
-        return build(of_rows, None, (x,), family=bc.MeanField(), minibatch=batch, seed=seed).initial()
+    def fitted(seed: int) -> Tensor:
+        batch = bc.Minibatch(4, plate="data")
+        return bc.fit(
+            of_rows, args=(torch.linspace(-1.0, 1.0, 12),), minibatch=batch, seed=seed, max_steps=20, **QUICK
+        ).x
 
-    alone = [made(seed) for seed in range(12)]
+    alone = [fitted(seed) for seed in range(6)]
     with ThreadPoolExecutor(3) as threads:
-        together = list(threads.map(made, range(12)))
+        together = list(threads.map(fitted, range(6)))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert not _PYRO_STACK
 
